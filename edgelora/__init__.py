@@ -1,0 +1,3 @@
+"""EdgeLoRA: a LoRA adapter for your task on a CPU, combined from a bank instead of trained."""
+
+__version__ = "0.1.0"

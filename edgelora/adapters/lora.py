@@ -1,0 +1,51 @@
+"""LoraPair: the low-rank update of one matrix, and the checks that need arrays only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The update `scale * lora_b @ lora_a` of one base matrix (LoRA, arXiv:2106.09685, eq. 3).
+
+    Attributes:
+        name: GGUF name of the base tensor, e.g. `blk.0.attn_q.weight`.
+        lora_a: (r, in), float32 or float16, maybe memory-mapped.
+        lora_b: (out, r), float32 or float16, maybe memory-mapped.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    """
+
+    name: str
+    lora_a: NDArray[np.floating]
+    lora_b: NDArray[np.floating]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension r."""
+        return int(self.lora_a.shape[0])
+
+
+def find_mismatches(pair: LoraPair, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every reason why `pair` does not fit a base with these tensor shapes (out, in)."""
+    shape = shapes.get(pair.name)
+    if shape is None:
+        return [f"{pair.name}: the base has no such tensor"]
+    problems = []
+    if pair.lora_a.ndim != 2 or pair.lora_b.ndim != 2:
+        return [f"{pair.name}: lora_a and lora_b must be matrices"]
+    if pair.lora_a.shape[0] != pair.lora_b.shape[1]:
+        problems.append(
+            f"{pair.name}: lora_a has rank {pair.lora_a.shape[0]}, lora_b {pair.lora_b.shape[1]}"
+        )
+    if (pair.lora_b.shape[0], pair.lora_a.shape[1]) != shape:
+        problems.append(
+            f"{pair.name}: updates a {pair.lora_b.shape[0]} x {pair.lora_a.shape[1]} matrix, "
+            f"the base's is {shape[0]} x {shape[1]}"
+        )
+    return problems
