@@ -1,0 +1,5 @@
+"""`python -m edgelora` is `edgelora`."""
+
+from edgelora.cli.main import main
+
+main()

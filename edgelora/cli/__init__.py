@@ -1,0 +1,1 @@
+"""The command line: parses, opens, calls the library, shows."""

@@ -1,0 +1,135 @@
+"""A GGUF base opened by llama.cpp, checked in Python first, with the adapters loaded beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import psutil
+
+from edgelora.adapters import gguf_lora
+from edgelora.adapters.base import Base, read_base
+from edgelora.engine import native
+from edgelora.engine.tokens import Vocabulary
+from edgelora.errors import EngineError, IncompatibleAdapter
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """One adapter file and the weight with which it is applied."""
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a base is opened.
+
+    Attributes:
+        n_threads: 0 means one for each physical core.
+        low_ram: weights stay memory-mapped; llama.cpp's faster repacked copies are not made.
+    """
+
+    n_threads: int = 0
+    low_ram: bool = False
+
+    def threads(self) -> int:
+        """The number of threads that llama.cpp is given."""
+        return self.n_threads or psutil.cpu_count(logical=False) or 1
+
+
+class Model:
+    """An open base. A context manager; adapters are loaded once and freed with it."""
+
+    def __init__(self, base: Base, handle: Any, options: ModelOptions) -> None:
+        self.base = base
+        self.options = options
+        self.handle = handle
+        self.vocabulary = Vocabulary(handle)
+        self.n_embd: int = llama_cpp.llama_model_n_embd(handle)
+        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(handle)
+        self._adapters: dict[Path, Any] = {}
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the adapters and the base; contexts must be closed before."""
+        for path in list(self._adapters):
+            self.unload(path)
+        if self.handle is not None:
+            llama_cpp.llama_model_free(self.handle)
+            self.handle = None
+
+    def adapter(self, path: Path) -> Any:
+        """The native handle of an adapter file, checked against this base and loaded once.
+
+        Raises:
+            InvalidFile: not a sound GGUF LoRA.
+            IncompatibleAdapter: made for another base, or names and shapes do not fit.
+        """
+        path = path.resolve()
+        if path not in self._adapters:
+            lora = gguf_lora.open_lora(path)
+            problems = gguf_lora.check(lora, self.base) or gguf_lora.find_nonfinite(lora)
+            if problems:
+                raise IncompatibleAdapter(
+                    f"{path}: does not fit {self.base.path.name}", problems=problems
+                )
+            handle = llama_cpp.llama_adapter_lora_init(self.handle, str(path).encode())
+            if not handle:
+                raise EngineError(
+                    f"{path}: llama.cpp refused the adapter", problems=native.recent_log()
+                )
+            self._adapters[path] = handle
+        return self._adapters[path]
+
+    def unload(self, path: Path) -> None:
+        """Free one adapter; no context may have it applied."""
+        handle = self._adapters.pop(path.resolve(), None)
+        if handle is not None:
+            llama_cpp.llama_adapter_lora_free(handle)
+
+    @functools.cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The texts of the vocabulary's control tokens."""
+        return frozenset(self.vocabulary.control_ids)
+
+
+@contextlib.contextmanager
+def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Model]:
+    """Open a GGUF base memory-mapped.
+
+    Raises:
+        InvalidFile, UnsupportedFile: the header does not describe one whole model.
+        EngineError: llama.cpp refused it; its own last lines are in the message.
+    """
+    options = options or ModelOptions()
+    base = read_base(path)
+    native.start()
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    parameters.use_extra_bufts = not options.low_ram
+    handle = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if not handle:
+        raise EngineError(f"{path}: llama.cpp refused the model", problems=native.recent_log())
+    model = Model(base, handle, options)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def resolve_weights(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
+    """Adapters with weight 0 left out: applying them costs time and changes nothing."""
+    return [adapter for adapter in adapters if adapter.weight != 0.0]

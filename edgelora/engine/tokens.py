@@ -1,0 +1,105 @@
+"""Text to token ids: control tokens only where the template wrote them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import llama_cpp
+
+from edgelora.datasets.template import Segment
+from edgelora.errors import EngineError
+
+_CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_LSTRIP = llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP
+_RSTRIP = llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
+
+
+class Vocabulary:
+    """A model's vocabulary. Texts are plain by default: nothing in them becomes a control token."""
+
+    def __init__(self, model: Any) -> None:
+        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self.n_tokens: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.bos: int = llama_cpp.llama_vocab_bos(self._vocab)
+        self.eos: int = llama_cpp.llama_vocab_eos(self._vocab)
+        self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+
+    @functools.cached_property
+    def control_ids(self) -> dict[str, int]:
+        """The text of every control token, and its id."""
+        ids = {}
+        for token in range(self.n_tokens):
+            if llama_cpp.llama_vocab_get_attr(self._vocab, token) & _CONTROL:
+                ids[self.text_of(token)] = token
+        return ids
+
+    def text_of(self, token: int) -> str:
+        """The vocabulary's own text of one token (control tokens included); '' for none (-1)."""
+        if token < 0:
+            return ""
+        text: bytes = llama_cpp.llama_vocab_get_text(self._vocab, token)
+        return text.decode("utf-8", "replace")
+
+    def is_end(self, token: int) -> bool:
+        """Whether a model that emits `token` has ended its turn."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of one plain text; control strings in it stay text, no BOS is added."""
+        data = text.encode("utf-8", "surrogatepass")
+        room = len(data) + 8
+        buffer = (ctypes.c_int32 * room)()
+        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, room, False, False)
+        if n < 0:
+            raise EngineError(f"llama.cpp could not tokenise a text of {len(data)} bytes")
+        return list(buffer[:n])
+
+    def tokenize_segments(self, segments: Sequence[Segment], *, start: bool = True) -> list[int]:
+        """Token ids of a rendered prompt whose control tokens are marked.
+
+        Everything between two control tokens is one call, so the ids equal those of the whole
+        prompt (SentencePiece adds a space in each call). With `start`, BOS comes first where the
+        vocabulary asks for it, once, whether or not the template wrote it.
+        """
+        ids: list[int] = []
+        for position, segment in enumerate(segments):
+            if segment.control:
+                ids.append(self.control_ids[segment.text])
+            else:
+                ids.extend(self.tokenize(self._stripped(segments, position)))
+        if start and self.adds_bos and self.bos >= 0 and ids[:1] != [self.bos]:
+            ids.insert(0, self.bos)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes of token ids; control tokens give nothing, a character may be partial."""
+        return b"".join(self._piece(token) for token in ids)
+
+    def _piece(self, token: int) -> bytes:
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n
+
+    def _stripped(self, segments: Sequence[Segment], position: int) -> str:
+        """The text as llama.cpp sees it beside control tokens that swallow white space."""
+        text = segments[position].text
+        if position and self._attributes(segments[position - 1]) & _RSTRIP:
+            text = text.lstrip()
+        if position + 1 < len(segments) and self._attributes(segments[position + 1]) & _LSTRIP:
+            text = text.rstrip()
+        return text
+
+    def _attributes(self, segment: Segment) -> int:
+        if not segment.control:
+            return 0
+        attributes: int = llama_cpp.llama_vocab_get_attr(
+            self._vocab, self.control_ids[segment.text]
+        )
+        return attributes
