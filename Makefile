@@ -1,0 +1,54 @@
+# `make demo` and `make test` are the two commands of the README; each sets up .venv first, once.
+# Without make (Windows): py scripts\setup.py, then .venv\Scripts\edgelora demo.
+
+PYTHON ?= python3
+# What pip is asked for in the parity environment; torch==X.Y.Z pins it (.ci/run does).
+TORCH ?= torch
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+PARITY := .venv-parity/bin
+
+# Material for developers (trained adapters, datasets) that some tests use where it exists.
+ifneq ($(wildcard ../shared),)
+export EDGELORA_SHARED ?= $(abspath ../shared)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-parity demo test test-parity check clean picture
+
+help: ## this list
+	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: ## make .venv (demo and dev extras, no torch)
+	@$(PYTHON) scripts/setup.py --venv .venv --extras demo,dev
+
+setup-parity: ## make .venv-parity (with torch, transformers and PEFT)
+	@$(PYTHON) scripts/setup.py --venv .venv-parity --extras demo,dev,train --first "$(TORCH)"
+
+demo: setup ## build an adapter for an example, evaluate it, show an answer before and after
+	@$(BIN)/edgelora demo $(DEMO_ARGS)
+
+test: setup ## the tests: no torch, no network, under three minutes
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-parity: setup-parity ## comparisons with torch, PEFT and llama.cpp's converter
+	@EDGELORA_LLAMA_CPP="$$($(PARITY)/python scripts/fetch_llama_cpp_source.py)" && \
+	export EDGELORA_LLAMA_CPP && $(PARITY)/python -m pytest -m parity $(PYTEST_ARGS)
+
+check: setup ## the gate: ruff, mypy --strict, import direction
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/test_architecture.py
+
+bench-%: setup ## run benchmarks/NAME.py, e.g. make bench-own_hidden BENCH_ARGS="--help"
+	@$(BIN)/python benchmarks/$*.py $(BENCH_ARGS)
+
+picture: setup ## docs/build.svg from a real build
+	@$(BIN)/python scripts/terminal_picture.py
+
+clean: ## remove environments, builds and caches
+	rm -rf .venv .venv-parity build dist .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
