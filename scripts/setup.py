@@ -100,7 +100,7 @@ def _requirement() -> str:
 
 
 def _pip(python: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
-    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    command = [str(python), "-m", "pip", "-qq", "--disable-pip-version-check", *arguments]
     if subprocess.run(command, env=env, cwd=ROOT).returncode:
         sys.exit(f"set-up stopped: `{shlex.join(command)}` failed (its message is above).")
 
