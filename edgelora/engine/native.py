@@ -13,6 +13,7 @@ from llama_cpp import _ggml
 from llama_cpp._ctypes_extensions import load_shared_library
 
 logger = logging.getLogger("edgelora.llama_cpp")
+logger.addHandler(logging.NullHandler())
 _recent: collections.deque[str] = collections.deque(maxlen=40)
 _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 

@@ -1,0 +1,122 @@
+"""A dataset to its signature: embeddings from the quantised base, cached, and token counts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.datasets.read import Example
+from edgelora.embedding_cache import EmbeddingCache
+from edgelora.engine.context import Context
+from edgelora.engine.embed import embed
+from edgelora.engine.model import Model
+from edgelora.errors import DatasetError
+from edgelora.signature import Signature, summarise
+
+DEFAULT_N_EMBEDDED = 64
+_CHUNK = 32
+
+
+def sample_examples(
+    examples: Sequence[Example], n_embedded: int, seed: int = 0
+) -> tuple[Example, ...]:
+    """At most `n_embedded` examples, drawn by the seed and kept in their order."""
+    if len(examples) <= n_embedded:
+        return tuple(examples)
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), n_embedded))
+    return tuple(examples[i] for i in chosen)
+
+
+def summarise_examples(
+    context: Context,
+    examples: Sequence[Example],
+    *,
+    cache: EmbeddingCache,
+    n_embedded: int = DEFAULT_N_EMBEDDED,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda n_texts: None,
+) -> Signature:
+    """The signature of a dataset; token counts are of all examples, embeddings of a sample.
+
+    Prompts and completions are embedded as plain texts, apart, without the chat template.
+
+    Args:
+        context: opened with `hidden=True`.
+        n_embedded: examples that are embedded at most (drawn by `seed`).
+
+    Raises:
+        DatasetError: there is no example.
+    """
+    if not examples:
+        raise DatasetError("a signature needs at least one example")
+    model = context.model
+    sample = sample_examples(examples, n_embedded, seed)
+    prompts = _embed_texts(context, [prompt_text(e) for e in sample], cache, progress)
+    completions = None
+    if all(e.completion is not None for e in sample):
+        completions = _embed_texts(context, [e.completion or "" for e in sample], cache, progress)
+    return summarise(
+        prompts,
+        completions,
+        [token_ids(model, example) for example in examples],
+        n_vocab=model.vocabulary.n_tokens,
+        base_id=model.base.identity.id,
+        seed=seed,
+    )
+
+
+def summarise_text(
+    context: Context, description: str, *, cache: EmbeddingCache, seed: int = 0
+) -> Signature:
+    """The signature of a task description: one text that stands for the prompts."""
+    model = context.model
+    embedded = _embed_texts(context, [description], cache, lambda n: None)
+    return summarise(
+        embedded,
+        None,
+        [model.vocabulary.tokenize(description)],
+        n_vocab=model.vocabulary.n_tokens,
+        base_id=model.base.identity.id,
+        seed=seed,
+    )
+
+
+def prompt_text(example: Example) -> str:
+    """All turns of the prompt as one plain text."""
+    return "\n".join(message.content for message in example.messages)
+
+
+def token_ids(model: Model, example: Example) -> list[int]:
+    """Token ids of prompt and completion, concatenated (the paper's empirical measure)."""
+    return model.vocabulary.tokenize(prompt_text(example)) + model.vocabulary.tokenize(
+        example.completion or ""
+    )
+
+
+def _embed_texts(
+    context: Context,
+    texts: Sequence[str],
+    cache: EmbeddingCache,
+    progress: Callable[[int], None],
+) -> NDArray[np.float32]:
+    """Each distinct text once, from the cache where it is; stored chunk by chunk, so resumable."""
+    vocabulary = context.model.vocabulary
+    start = [vocabulary.bos] if vocabulary.adds_bos else []
+    distinct = {text: tuple(start + vocabulary.tokenize(text)) for text in texts}
+    ids = list(distinct.values())
+    # The file's size tells quantisations of one model apart: their embeddings differ a little.
+    model_key = f"{context.model.base.identity.id}-{context.model.base.path.stat().st_size}"
+    stored = cache.get(model_key, ids)
+    missing = [i for i, vector in enumerate(stored) if vector is None]
+    for begin in range(0, len(missing), _CHUNK):
+        part = missing[begin : begin + _CHUNK]
+        fresh = embed(context, [ids[i] for i in part])
+        cache.put(model_key, [ids[i] for i in part], fresh)
+        for i, vector in zip(part, fresh, strict=True):
+            stored[i] = vector
+        progress(len(part))
+    by_text = dict(zip(distinct, stored, strict=True))
+    return np.stack([by_text[text] for text in texts])  # type: ignore[arg-type]
