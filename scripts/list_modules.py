@@ -1,4 +1,7 @@
-"""Write the list of modules in docs/architecture.md from the first lines of their docstrings."""
+"""Write the list of modules in docs/architecture.md from the first lines of their docstrings.
+
+usage: python scripts/list_modules.py
+"""
 
 from __future__ import annotations
 

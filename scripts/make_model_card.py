@@ -113,8 +113,9 @@ The tasks are from Super-NaturalInstructions v2 (Wang et al., 2022, "Super-Natur
 Generalization via Declarative Instructions on 1600+ NLP Tasks"), built on the data sets in the
 column "data"; thanks and credit to their authors. Only tasks whose instances allow it were used:
 {counted}.
-The text of the tasks is not in this repository; the adapters hold weights only. They are published
-under Apache-2.0, as the base is, with attribution to the data sets above.
+The text of the tasks is not in this repository; the adapters hold weights only. They are offered
+under Apache-2.0, as the base is, with attribution to the data sets above; every file carries the
+licence of its data (`edgelora show FILE`), and what is combined from several lists them all.
 
 ## What they are not for
 
@@ -125,10 +126,11 @@ for decisions about people. They repeat the errors and biases of their data. Eng
 
 def _recipe_text(recipe: dict[str, Any]) -> str:
     precision = "bfloat16 autocast" if recipe["bf16"] else "float32"
-    return f"""LoRA of rank {recipe["rank"]}, alpha {recipe["alpha"]} on {", ".join(recipe["modules"])};
-{recipe["steps"]} steps of {recipe["batch"]} examples, AdamW, learning rate {recipe["lr"]} with warm-up
-and linear decay, {precision}, loss on the completion and its end token only, prompts in the base's
-chat template, lines over {recipe["max_tokens"]} tokens left out."""
+    modules = ", ".join(recipe["modules"])
+    return f"""LoRA of rank {recipe["rank"]}, alpha {recipe["alpha"]} on {modules};
+{recipe["steps"]} steps of {recipe["batch"]} examples, AdamW, learning rate {recipe["lr"]}
+with warm-up and linear decay, {precision}, loss on the completion and its end token only,
+prompts in the base's chat template, lines over {recipe["max_tokens"]} tokens left out."""
 
 
 def _lines(path: Path) -> list[str]:
