@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgelora.embedding_cache import cache_folder
 from edgelora.errors import InvalidFile, NotFound
 
 MODELS_VARIABLE = "EDGELORA_MODELS"
@@ -64,9 +65,8 @@ def catalogue() -> Mapping[str, BaseEntry]:
 def resolve(name_or_path: str | Path) -> Path:
     """The GGUF file that `--base` means: a path as it is, or the file of a catalogued name.
 
-    A name is looked up in the installed packages (`smollm2-135m-instruct`), in the models folder
-    (EDGELORA_MODELS, else ~/.cache/edgelora/models), in the working folder and in the Hugging Face
-    cache. Nothing is downloaded.
+    A name is looked up in the installed packages (`smollm2-135m-instruct`), in `models_folder()`,
+    in the working folder and in the Hugging Face cache. Nothing is downloaded.
 
     Example:
         >>> resolve("smollm2-135m-instruct").name  # with the demo extra installed
@@ -90,9 +90,9 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def models_folder() -> Path:
-    """Where downloaded bases are kept: EDGELORA_MODELS, else ~/.cache/edgelora/models."""
+    """Where downloaded bases are kept: EDGELORA_MODELS, else `models` in the user's cache folder."""
     chosen = os.environ.get(MODELS_VARIABLE)
-    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "edgelora" / "models"
+    return Path(chosen).expanduser() if chosen else cache_folder() / "models"
 
 
 def _catalogue_path() -> Path:
