@@ -90,7 +90,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def models_folder() -> Path:
-    """Where downloaded bases are kept: EDGELORA_MODELS, else `models` in the user's cache folder."""
+    """Where downloaded bases are kept: EDGELORA_MODELS, else `models` in the cache folder."""
     chosen = os.environ.get(MODELS_VARIABLE)
     return Path(chosen).expanduser() if chosen else cache_folder() / "models"
 
