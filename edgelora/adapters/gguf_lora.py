@@ -134,12 +134,12 @@ def write_lora(
         EdgeLoRAError: a value is too large for the dtype.
         ValueError: pairs and plan differ, or scales and alpha (a bug of the caller).
     """
-    _refuse_plan(path, plan, dtype)
+    _refuse_plan(plan, dtype)
     writer = _start(path, plan, architecture, alpha, dtype, metadata or {})
     try:
         for planned, pair in zip(plan, pairs, strict=True):
             for array in _factors(planned, pair, alpha):
-                writer.write_tensor_data(_encode(path, planned.name, array, dtype))
+                writer.write_tensor_data(_encode(planned.name, array, dtype))
     finally:
         writer.close()
     written = open_lora(path)
@@ -219,17 +219,17 @@ def _misfits(planned: PairPlan, base: Base) -> list[str]:
     return []
 
 
-def _refuse_plan(path: Path, plan: Sequence[PairPlan], dtype: str) -> None:
+def _refuse_plan(plan: Sequence[PairPlan], dtype: str) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     if not plan:
-        raise InvalidFile(f"{path}: an adapter without any tensor")
+        raise InvalidFile("an adapter without any tensor")
     if dtype != "q8_0":
         return
     bad = [p for p in plan if any(shape[1] % Q8_0_BLOCK for shape in file_shapes(p))]
     if bad:
         raise UnsupportedFile(
-            f"{path}: q8_0 needs ranks and widths that are multiples of {Q8_0_BLOCK}",
+            f"q8_0 needs ranks and widths that are multiples of {Q8_0_BLOCK}",
             problems=[f"{p.name}: rank {p.rank}, {p.n_in} wide" for p in bad[:20]],
             hint="Choose f16, which any rank permits.",
         )
@@ -294,7 +294,7 @@ def _factors(
     return (lora_b, lora_a.T) if planned.name == EMBEDDING else (lora_a, lora_b)
 
 
-def _encode(path: Path, name: str, array: NDArray[np.floating], dtype: str) -> NDArray[Any]:
+def _encode(name: str, array: NDArray[np.floating], dtype: str) -> NDArray[Any]:
     with np.errstate(over="ignore", invalid="ignore"):
         encoded: NDArray[Any]
         if dtype == "f16":
@@ -307,9 +307,9 @@ def _encode(path: Path, name: str, array: NDArray[np.floating], dtype: str) -> N
     if is_finite(checked) and (checked is encoded or is_finite(array)):
         return encoded
     if not is_finite(array):
-        raise InvalidFile(f"{path}: {name} holds NaN or infinite values")
+        raise InvalidFile(f"{name}: holds NaN or infinite values")
     raise EdgeLoRAError(
-        f"{path}: {name} has values too large for {dtype}", hint="Choose f32 as the output type."
+        f"{name}: has values too large for {dtype}", hint="Choose f32 as the output type."
     )
 
 

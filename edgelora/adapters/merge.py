@@ -1,0 +1,238 @@
+"""GGUF LoRA files into one GGUF LoRA that records where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelora import __version__
+from edgelora.adapters.combine import AUTO, Coefficients, Combination, TensorReport, combine
+from edgelora.adapters.gguf_lora import AdapterRecord, LoraFile, Scalar, open_lora, write_lora
+from edgelora.adapters.lora import LoraPair
+from edgelora.errors import EdgeLoRAError, IncompatibleAdapter
+from edgelora.files import publish
+
+FORMAT_VERSION = 1
+TOOL = f"edgelora {__version__}"
+BASE_PREFIX = "edgelora.base."
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge made.
+
+    Attributes:
+        error: relative Frobenius error of the whole before rounding to the file's dtype.
+        tensors: rank, norm and error of each tensor.
+        cancelled: tensors left out because the exact combination is zero.
+    """
+
+    path: Path
+    method: str
+    error: float
+    tensors: tuple[TensorReport, ...]
+    cancelled: tuple[str, ...]
+    warnings: tuple[str, ...]
+    record: AdapterRecord
+
+    @property
+    def energy(self) -> float:
+        """The share of the exact combination's squared norm that an svd kept."""
+        return 1.0 - self.error**2
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of a tensor."""
+        return max(report.rank for report in self.tensors)
+
+
+def merge_adapters(
+    sources: Sequence[Path | LoraFile],
+    coefficients: Coefficients,
+    out: Path,
+    *,
+    method: str = "svd",
+    rank: int | str = AUTO,
+    scale: float = 1.0,
+    dtype: str = "f16",
+    metadata: Mapping[str, Scalar] | None = None,
+    provenance: Mapping[str, object] | None = None,
+    force: bool = False,
+    progress: Callable[[int], None] = lambda n_tensors: None,
+) -> MergeReport:
+    """Write `scale * sum_i coefficients[i] * sources[i]` as one adapter; out appears whole or not.
+
+    The same sources, coefficients and options give the same bytes on one machine with one number
+    of threads. Singular values are computed first, because the header holds the errors; values
+    are made in a second pass, so that memory holds the factors of one tensor only.
+
+    Args:
+        coefficients, method, rank, scale: see combine.combine. A source with coefficient 0
+            everywhere is dropped, from the provenance too.
+        dtype: f16, f32, bf16, or q8_0 where every rank is a multiple of 32.
+        metadata: `edgelora.*` entries that replace those derived from the sources.
+        provenance: what the caller knows (distance, operator, seed, budget ...), JSON values; it
+            joins what is recorded here in `edgelora.provenance`.
+        force: overwrite `out`.
+        progress: called with 1 after each tensor, twice for each.
+
+    Raises:
+        IncompatibleAdapter: sources for different architectures or bases.
+        AlreadyExists: `out` exists and `force` is false.
+        EdgeLoRAError: see combine.combine and gguf_lora.write_lora.
+    """
+    files = [source if isinstance(source, LoraFile) else open_lora(source) for source in sources]
+    files, coefficients = _drop_unused(files, coefficients)
+    _refuse_mixture(files)
+    combination = combine(method, files, coefficients, rank=rank, scale=scale, progress=progress)
+    facts, warnings = _inherited(_by_weight(files, coefficients))
+    facts["edgelora.created_by"] = TOOL
+    facts |= metadata or {}
+    own = _provenance(files, coefficients, combination, method, rank, scale, facts)
+    if clash := sorted(set(own) & set(provenance or {})):
+        raise ValueError(f"the provenance records {', '.join(clash)} already")
+    facts["edgelora.provenance"] = json.dumps(own | dict(provenance or {}), ensure_ascii=False)
+    with publish(out, force=force) as temporary:
+        record = write_lora(
+            temporary,
+            combination.plan,
+            _counted(combination, progress),
+            architecture=files[0].architecture,
+            alpha=None,
+            dtype=dtype,
+            metadata=facts,
+        )
+    return MergeReport(
+        out, method, combination.error, combination.reports, combination.cancelled, warnings, record
+    )
+
+
+def _drop_unused(
+    files: Sequence[LoraFile], coefficients: Coefficients
+) -> tuple[list[LoraFile], Coefficients]:
+    """Without the sources whose coefficients are all zero."""
+    rows = list(coefficients.values() if isinstance(coefficients, Mapping) else [coefficients])
+    if not files or any(len(row) != len(files) for row in rows):
+        raise EdgeLoRAError(f"{len(files)} adapters need as many coefficients, one or more")
+    used = [i for i in range(len(files)) if any(row[i] for row in rows)]
+    if not used:
+        raise EdgeLoRAError("every coefficient is zero", hint="Choose other coefficients.")
+    kept = [files[i] for i in used]
+    if not isinstance(coefficients, Mapping):
+        return kept, [float(coefficients[i]) for i in used]
+    names = {name for file in kept for name in file.plan}
+    dropped = {name for file in files for name in file.plan} - names
+    return kept, {
+        name: [float(row[i]) for i in used]
+        for name, row in coefficients.items()
+        if name not in dropped
+    }
+
+
+def _refuse_mixture(files: Sequence[LoraFile]) -> None:
+    """Sources for two architectures or two recorded bases."""
+    for what, values in (
+        ("architectures", {file.architecture for file in files}),
+        ("bases", {str(i) for file in files if (i := file.metadata.get("edgelora.base.id"))}),
+    ):
+        if len(values) > 1:
+            raise IncompatibleAdapter(
+                f"the adapters are for different {what}",
+                problems=[f"{file.path}: {_made_for(file)}" for file in files],
+                hint="Combine adapters that were converted for one base.",
+            )
+
+
+def _made_for(file: LoraFile) -> str:
+    return f"{file.architecture}, base {file.metadata.get('edgelora.base.id', 'not recorded')}"
+
+
+def _inherited(files: Sequence[LoraFile]) -> tuple[dict[str, Scalar], tuple[str, ...]]:
+    """The entries that the sources agree on, and warnings where they do not."""
+    warnings = []
+    facts: dict[str, Scalar] = {
+        "edgelora.format_version": FORMAT_VERSION,
+        "edgelora.name": "+".join(_name(file) for file in files)[:200],
+    }
+    recording = [file for file in files if file.metadata.get("edgelora.template")]
+    templates = _distinct(files, "edgelora.template")
+    if templates:
+        facts["edgelora.template"] = templates[0]
+    if len(templates) > 1:
+        warnings.append(
+            f"the adapters were trained with {len(templates)} different prompt templates; "
+            f"the file records that of {_name(recording[0])}"
+        )
+    if licences := _distinct(files, "edgelora.licence"):
+        facts["edgelora.licence"] = "; ".join(licences)
+    known = next((f for f in files if f"{BASE_PREFIX}id" in f.metadata), None)
+    if known is None:
+        warnings.append("no adapter records the base that it was made for")
+    else:
+        facts |= {k: v for k, v in known.metadata.items() if k.startswith(BASE_PREFIX)}
+    return facts, tuple(warnings)
+
+
+def _by_weight(files: Sequence[LoraFile], coefficients: Coefficients) -> list[LoraFile]:
+    """The sources, those with the largest coefficients first."""
+    rows = list(coefficients.values() if isinstance(coefficients, Mapping) else [coefficients])
+    weights = [sum(abs(row[i]) for row in rows) for i in range(len(files))]
+    return [files[i] for i in sorted(range(len(files)), key=lambda i: -weights[i])]
+
+
+def _name(file: LoraFile) -> str:
+    return str(file.metadata.get("edgelora.name") or file.path.stem)
+
+
+def _distinct(files: Sequence[LoraFile], key: str) -> list[str]:
+    return list(dict.fromkeys(str(file.metadata[key]) for file in files if file.metadata.get(key)))
+
+
+def _provenance(
+    files: Sequence[LoraFile],
+    coefficients: Coefficients,
+    combination: Combination,
+    method: str,
+    rank: int | str,
+    scale: float,
+    facts: Mapping[str, Scalar],
+) -> dict[str, object]:
+    per_tensor = isinstance(coefficients, Mapping)
+    return {
+        "tool": TOOL,
+        "method": method,
+        "rank": rank,
+        "scale": scale,
+        "sources": [
+            {
+                "name": _name(file),
+                "sha256": file.sha256,
+                "licence": file.metadata.get("edgelora.licence"),
+                "source": file.metadata.get("edgelora.source"),
+                "coefficient": None if isinstance(coefficients, Mapping) else coefficients[index],
+            }
+            for index, file in enumerate(files)
+        ],
+        "coefficients_per_tensor": coefficients if per_tensor else None,
+        "error": _rounded(combination.error),
+        "tensors": {
+            report.name: {"rank": report.rank, "error": _rounded(report.error)}
+            for report in combination.reports
+        },
+        "cancelled": list(combination.cancelled),
+        "base": facts.get(f"{BASE_PREFIX}id"),
+        "template": facts.get("edgelora.template"),
+    }
+
+
+def _rounded(value: float) -> float:
+    """Six digits: the rest depends on the linear algebra library."""
+    return float(f"{value:.6g}")
+
+
+def _counted(combination: Combination, progress: Callable[[int], None]) -> Iterator[LoraPair]:
+    for pair in combination.pairs():
+        yield pair
+        progress(1)
