@@ -164,10 +164,11 @@ class Template:
             return
         segments = self._segments([Message("user", _PROBE)], True)
         text = "\0".join(segment.text for segment in segments if not segment.control)
-        markers = dict.fromkeys(_MARKER.findall(text))
+        markers = list(dict.fromkeys(_MARKER.findall(text)))
         if markers:
+            named = ", ".join(markers[:6]) + (", ..." if len(markers) > 6 else "")
             self._warn(
-                f"the template's {', '.join(markers)} are ordinary text in this vocabulary: "
+                f"the template's {named} are ordinary text in this vocabulary: "
                 "a message can imitate them, and nothing can prevent it"
             )
 
