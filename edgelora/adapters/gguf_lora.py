@@ -132,14 +132,18 @@ def write_lora(
         UnsupportedFile: q8_0 and a rank or width that is not a multiple of 32.
         InvalidFile: a factor holds NaN or infinite values.
         EdgeLoRAError: a value is too large for the dtype.
+        OSError: the disk is full.
         ValueError: pairs and plan differ, or scales and alpha (a bug of the caller).
     """
     _refuse_plan(plan, dtype)
-    writer = _start(path, plan, architecture, alpha, dtype, metadata or {})
+    writer = _describe(plan, architecture, alpha, dtype, metadata or {})
     try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
         for planned, pair in zip(plan, pairs, strict=True):
             for array in _factors(planned, pair, alpha):
-                writer.write_tensor_data(_encode(planned.name, array, dtype))
+                _write_array(writer, _encode(planned.name, array, dtype))
     finally:
         writer.close()
     written = open_lora(path)
@@ -235,15 +239,14 @@ def _refuse_plan(plan: Sequence[PairPlan], dtype: str) -> None:
         )
 
 
-def _start(
-    path: Path,
+def _describe(
     plan: Sequence[PairPlan],
     architecture: str,
     alpha: float | None,
     dtype: str,
     metadata: Mapping[str, Scalar],
 ) -> GGUFWriter:
-    """A writer whose header, metadata and tensor list are on disk."""
+    """A writer that knows its metadata and its tensors; nothing is on disk yet."""
     writer = GGUFWriter(None, architecture)
     writer.add_key_value("general.type", "adapter", GGUFValueType.STRING)
     writer.add_key_value("adapter.type", "lora", GGUFValueType.STRING)
@@ -256,10 +259,16 @@ def _start(
     for planned in plan:
         for suffix, shape in zip(("lora_a", "lora_b"), file_shapes(planned), strict=True):
             _add_tensor(writer, f"{planned.name}.{suffix}", shape, kind)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     return writer
+
+
+def _write_array(writer: GGUFWriter, array: NDArray[Any]) -> None:
+    """GGUFWriter.write_tensor_data, whose `tofile` says nothing when the disk is full."""
+    assert writer.fout is not None
+    (file,) = writer.fout
+    writer.write_padding(file, file.tell())
+    file.write(array.data)
+    writer.write_padding(file, array.nbytes)
 
 
 def _add_tensor(
