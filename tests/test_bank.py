@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pico
 import pytest
+from bank_worker import make_signature
 
 from edgelora.adapters.base import Base, read_base
 from edgelora.adapters.gguf_lora import open_lora
@@ -30,7 +31,7 @@ from edgelora.errors import (
     NotFound,
     UnsupportedFile,
 )
-from edgelora.signature import Signature, summarise
+from edgelora.signature import Signature
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 @pytest.fixture
 def bank(tmp_path: Path) -> Bank:
     return open_bank(tmp_path / "bank", create=True)
-
-
-def make_signature(base_id: str, seed: int = 0) -> Signature:
-    rng = np.random.default_rng(seed)
-    prompts = rng.standard_normal((12, 32)).astype(np.float32)
-    return summarise(prompts, prompts + 1, [[1, 2, 3]] * 12, n_vocab=300, base_id=base_id)
 
 
 def write_data(path: Path, n: int = 8) -> Path:
