@@ -14,6 +14,8 @@ from edgelora.datasets.formats import BadRecord, Layout, find_layout, instances_
 from edgelora.datasets.records import Dataset, Example
 from edgelora.errors import DatasetError
 
+__all__ = ["Dataset", "Example", "read_dataset"]
+
 MAX_LISTED = 20
 _MAX_CELL_CHARS = 16 * 1024 * 1024
 _PYARROW = 'Reading parquet needs pyarrow: pip install "edgelora[parquet]"'

@@ -11,6 +11,8 @@ from edgelora.datasets.sandbox import Rendered, compile_template
 from edgelora.datasets.segments import Guard, Segment, after, controls, cut, find_ending
 from edgelora.errors import TemplateError
 
+__all__ = ["NAMED", "Segment", "Template", "open_template"]
+
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
