@@ -47,6 +47,7 @@ class Outcome:
         name: the adapter's name in the bank; empty if it is not there.
         reason: why it was refused; empty otherwise.
         notes: what a person should know.
+        data: the dataset's format and number of examples; empty without a dataset.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class Outcome:
     reason: str = ""
     has_signature: bool = False
     notes: tuple[str, ...] = ()
+    data: str = ""
 
 
 def add_many(
@@ -117,7 +119,8 @@ def _add(
             status = SIGNED if status == ALREADY_THERE else status
         except EdgeLoRAError as error:
             status, reason = REFUSED, f"{name} is in the bank, its signature is not: {error}"
-    return Outcome(request.folder, status, name, reason, has_signature, tuple(notes))
+    data = f"{dataset.format}, {len(dataset.examples)} examples" if dataset is not None else ""
+    return Outcome(request.folder, status, name, reason, has_signature, tuple(notes), data)
 
 
 def _notes(added: Added | AlreadyThere) -> tuple[str, ...]:

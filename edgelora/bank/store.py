@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from edgelora.bank import seal
 from edgelora.bank.index import Listing, delete_index, list_adapters
 from edgelora.bank.names import check_name, derive_name, find_clash
 from edgelora.bank.records import SIGNATURE_SUFFIX, SUFFIX, BankRecord, Facts, read_record
-from edgelora.errors import AlreadyExists, BankError, NotFound
+from edgelora.errors import AlreadyExists, BankError, InvalidFile, NotFound
 from edgelora.files import TEMPORARY_PREFIX, locked, publish
 
 if TYPE_CHECKING:
@@ -147,15 +147,14 @@ class Bank:
 
         Raises:
             InvalidFile, UnsupportedFile, IncompatibleAdapter: everything wrong with the folder.
+            TemplateError: the base has no chat template and `facts` none either.
             AlreadyExists: the name belongs to an adapter made from other bytes.
             BankError: a name that is not safe everywhere, a full disk, a lock that stays held.
         """
-        from edgelora.adapters.peft import read_adapter
-
-        facts = facts or Facts()
         chosen = name if name is not None else derive_name(folder)
         check_name(chosen)
-        source = read_adapter(folder, base)
+        facts = with_template(facts or Facts(), base)
+        source = _read(folder, base)
         step("read")
         with self.writing():
             step("locked")
@@ -298,6 +297,27 @@ class Bank:
             f"{name}: no such adapter in {self.path}",
             hint=f"Did you mean {' or '.join(close)}?" if close else "See `edgelora bank ls`.",
         )
+
+
+def with_template(facts: Facts, base: Base) -> Facts:
+    """The facts with the template as adapters record it; None stays, if the base has its own.
+
+    Raises:
+        TemplateError: not a template, or none given for a base without one.
+    """
+    from edgelora.datasets.template import open_template
+
+    template = open_template(base.chat_template, facts.template, "", "", ())
+    return facts if facts.template is None else replace(facts, template=template.key)
+
+
+def _read(folder: Path, base: Base) -> SourceAdapter:
+    from edgelora.adapters.peft import read_adapter
+
+    try:
+        return read_adapter(folder, base)
+    except OSError as error:
+        raise InvalidFile(f"{folder}: cannot be read ({error.strerror or error})") from error
 
 
 def _kept(record: BankRecord, name: str | None, facts: Facts, dtype: str) -> tuple[str, ...]:

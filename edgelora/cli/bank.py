@@ -1,0 +1,303 @@
+"""`edgelora bank`: convert adapters once, keep them with their signatures, look after them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from edgelora.bank import Bank, BankRecord, Facts, open_bank
+from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome, add_many
+from edgelora.bank.requests import make_requests
+from edgelora.bank.store import with_template
+from edgelora.cli import console
+
+TYPES = ("f16", "f32", "bf16", "q8_0")
+
+bank_option = click.option(
+    "--bank", "bank_path", required=True, type=click.Path(path_type=Path), help="Folder of a bank."
+)
+base_option = click.option("--base", required=True, help="A GGUF file or a base's name.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def command() -> None:
+    """Convert PEFT adapters once and keep them with their signatures."""
+
+
+@command.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
+@bank_option
+@base_option
+@click.option("--data", type=click.Path(path_type=Path), help="What the adapter was trained on.")
+@click.option("--data-glob", help="The same for many, e.g. '{parent}/train.jsonl'.")
+@click.option("--card-glob", help="JSON with source, licence ..., e.g. '{parent}/task.json'.")
+@click.option("--prompt-key", help="Column of the dataset's prompts.")
+@click.option("--completion-key", help="Column of the dataset's completions.")
+@click.option("--text", "description", help="The task in words; embedded where there is no data.")
+@click.option("--template", help="Prompt template it was trained with (default: the base's own).")
+@click.option("--licence", help="Licence of the adapter or of its data.")
+@click.option("--source", help="Where its data comes from.")
+@click.option("--type", "dtype", type=click.Choice(TYPES), default="f16", show_default=True)
+@click.option("--name", help="Its name in the bank (default: the folder's).")
+@json_option
+@console.common_options
+def add(
+    folders: tuple[Path, ...],
+    bank_path: Path,
+    base: str,
+    data: Path | None,
+    data_glob: str | None,
+    name: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Convert PEFT or MLX folders and compute the signature of the data they were trained on.
+
+    Goes on past a folder that is refused; run again, it only does what is missing.
+    """
+    if len(folders) > 1 and (data or name):
+        raise click.UsageError("--data and --name are for one folder; for many, see --data-glob.")
+    if data and data_glob:
+        raise click.UsageError("--data and --data-glob exclude each other.")
+    outcomes = _add(folders, bank_path, base, data, data_glob, name, **options)
+    if as_json:
+        _print_json([{**vars(o), "folder": str(o.folder)} for o in outcomes])
+    else:
+        _show_outcomes(outcomes)
+    raise SystemExit(int(any(outcome.status == REFUSED for outcome in outcomes)))
+
+
+def _add(
+    folders: Sequence[Path],
+    bank_path: Path,
+    base_name: str,
+    data: Path | None,
+    data_glob: str | None,
+    name: str | None,
+    *,
+    card_glob: str | None,
+    prompt_key: str | None,
+    completion_key: str | None,
+    dtype: str,
+    threads: int,
+    seed: int,
+    **facts: str | None,
+) -> list[Outcome]:
+    from edgelora.adapters.base import read_base
+    from edgelora.bank.embedding import open_embedder
+    from edgelora.bases import resolve
+    from edgelora.datasets.read import read_dataset
+
+    base = read_base(resolve(base_name))
+    given = Facts(**facts)
+    if given.template or not card_glob:  # wrong for one, it is wrong for all: say it once
+        given = with_template(given, base)
+    requests, refused = make_requests(
+        folders, name=name, data=data, data_glob=data_glob, card_glob=card_glob, facts=given
+    )
+    bank = open_bank(bank_path, create=True)
+    with (
+        open_embedder(base.path, n_threads=threads, seed=seed) as embed,
+        console.progress("adding adapters", len(requests)) as advance,
+    ):
+        return refused + add_many(
+            bank,
+            base,
+            requests,
+            embed=embed,
+            dtype=dtype,
+            progress=advance,
+            read_data=lambda path: read_dataset(
+                path, prompt_key=prompt_key, completion_key=completion_key
+            ),
+        )
+
+
+def _show_outcomes(outcomes: Sequence[Outcome]) -> None:
+    for outcome in outcomes:
+        for note in outcome.notes:
+            console.warn(escape(_clean(f"{outcome.folder}: {note}")))
+    for outcome in sorted(outcomes, key=lambda o: o.status == REFUSED):
+        _print(f"{outcome.status + ':':15}{outcome.name or outcome.folder}{_details(outcome)}")
+        for line in outcome.reason.splitlines():
+            _print(f"    {line}")
+    counts = [(s, sum(o.status == s for o in outcomes)) for s in (ADDED, SIGNED, ALREADY_THERE)]
+    n_refused = sum(outcome.status == REFUSED for outcome in outcomes)
+    said = [f"{n} {status}" for status, n in counts if n] + [f"{n_refused} refused"]
+    _print(", ".join(said))
+    unsigned = [o.name for o in outcomes if o.name and not o.has_signature]
+    if unsigned:
+        console.warn(
+            f"{len(unsigned)} without a signature: operators that need one will skip "
+            f"{', '.join(unsigned[:5])}{' ...' if len(unsigned) > 5 else ''}. "
+            "Add again with --data, --data-glob or --text."
+        )
+
+
+def _details(outcome: Outcome) -> str:
+    if outcome.status == ALREADY_THERE:
+        return " (same bytes: nothing to do)"
+    return f" ({outcome.data})" if outcome.data else ""
+
+
+@command.command()
+@bank_option
+@json_option
+@console.common_options
+def ls(bank_path: Path, as_json: bool, **_: Any) -> None:
+    """List the adapters of a bank."""
+    listing = open_bank(bank_path).listing()
+    for warning in listing.warnings:
+        console.warn(escape(_clean(warning)))
+    for file, reason in listing.damaged:
+        console.warn(escape(_clean(f"{file}: damaged: {reason}")))
+    if as_json:
+        damaged = [{"file": file, "reason": reason} for file, reason in listing.damaged]
+        records = [record.to_json() for record in listing.records]
+        _print_json({"bank": str(bank_path), "adapters": records, "damaged": damaged})
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("name", "rank", "tensors", "type", "MB", "signature", "template", "source"):
+        table.add_column(title, overflow="fold", justify="right" if title == "MB" else "left")
+    for record in listing.records:
+        table.add_row(*(Text(_clean(cell)) for cell in _cells(record)))
+    console.out.print(table)
+    n_unsigned = sum(not record.has_signature for record in listing.records)
+    console.say(f"{len(listing.records)} adapters, {n_unsigned} without a signature")
+
+
+def _cells(record: BankRecord) -> tuple[str, ...]:
+    template = record.template if record.template == "chat" else "own"
+    return (
+        record.name,
+        _ranks(record),
+        str(record.n_tensors),
+        record.dtype,
+        f"{record.size_bytes / 1e6:.1f}",
+        "yes" if record.has_signature else "no",
+        template,
+        record.source,
+    )
+
+
+@command.command()
+@click.argument("name")
+@bank_option
+@json_option
+@console.common_options
+def show(name: str, bank_path: Path, as_json: bool, **_: Any) -> None:
+    """Print all that a bank knows of one adapter."""
+    record = open_bank(bank_path).record(name)
+    if as_json:
+        _print_json(record.to_json())
+        return
+    facts = {
+        "name": record.name,
+        "file": f"{record.path} ({record.size_bytes / 1e6:.1f} MB, {record.dtype})",
+        "rank": f"{_ranks(record)}, on {record.n_tensors} tensors",
+        "base": record.base.describe(),
+        "template": record.template,
+        "source": record.source,
+        "category": record.category,
+        "licence": record.licence,
+        "description": record.description,
+        "signature": "yes" if record.has_signature else "no (operators that need one skip it)",
+        "made from": f"sha256 {record.source_sha256}",
+        "content": f"sha256 {record.content_sha256}",
+        "made by": record.created_by,
+    }
+    for key, value in facts.items():
+        if value:
+            _print(f"{key:12} {value}")
+
+
+@command.command()
+@click.argument("names", nargs=-1, required=True)
+@bank_option
+@console.common_options
+def rm(names: tuple[str, ...], bank_path: Path, **_: Any) -> None:
+    """Delete adapters and their signatures (damaged ones too)."""
+    bank = open_bank(bank_path)
+    for name in names:
+        bank.remove(name)
+        console.say(f"removed {escape(name)}")
+
+
+@command.command()
+@bank_option
+@click.option("--base", help="Check also that adapters fit this base.")
+@json_option
+@console.common_options
+def verify(bank_path: Path, base: str | None, as_json: bool, **_: Any) -> None:
+    """Read every byte: hashes, values, signatures. Exits with 1 if there is a problem."""
+    from edgelora.adapters.base import read_base
+    from edgelora.bank import verify as checks
+    from edgelora.bases import resolve
+
+    bank = open_bank(bank_path)
+    n_adapters = len(bank.listing().records)
+    header = read_base(resolve(base)) if base else None
+    with console.progress("verifying", n_adapters) as advance:
+        problems = checks.verify(bank, header, progress=advance)
+    if as_json:
+        _print_json({"bank": str(bank_path), "n_adapters": n_adapters, "problems": problems})
+    else:
+        for problem in problems:
+            _print(f"- {problem}")
+        _print(f"{n_adapters} sound headers, {len(problems)} problems")
+    raise SystemExit(int(bool(problems)))
+
+
+@command.command()
+@bank_option
+@console.common_options
+def reindex(bank_path: Path, **_: Any) -> None:
+    """Make the index anew from the adapters' files."""
+    listing = open_bank(bank_path).reindex()
+    for warning in (*listing.warnings, *(reason for _, reason in listing.damaged)):
+        console.warn(escape(_clean(warning)))
+    console.say(f"indexed {len(listing.records)} adapters")
+
+
+@command.command()
+@click.argument("name")
+@bank_option
+@base_option
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder.")
+@console.common_options
+def export(name: str, bank_path: Path, base: str, output: Path, **_: Any) -> None:
+    """Write an adapter as a PEFT folder that gives the same logits."""
+    from edgelora.adapters.base import read_base
+    from edgelora.bases import resolve
+
+    bank: Bank = open_bank(bank_path)
+    bank.export(name, output, read_base(resolve(base)))
+    console.say(f"wrote {escape(str(output))}")
+
+
+def _ranks(record: BankRecord) -> str:
+    low, high = record.ranks
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _print(line: str) -> None:
+    console.out.print(_clean(line), markup=False, soft_wrap=True)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=1))
+
+
+def _clean(text: str) -> str:
+    """Text of a file, without what a terminal would obey."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
