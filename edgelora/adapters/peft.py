@@ -228,6 +228,12 @@ def _stored_pair(
             f"{module}: has rank {rank}, {CONFIG} says {config.rank_of(module)}; "
             f"scaled by its own rank ({scale:g})"
         )
+    alphas = config.alphas_of(module)
+    if len(alphas) > 1:
+        findings.warnings.append(
+            f"{module}: several patterns of alpha_pattern match it ({sorted(alphas)}); used the "
+            f"first in the file, {config.alpha_of(module):g}, as PEFT does when it loads this"
+        )
     alpha = None if config.use_rslora else config.alpha_of(module)
     return StoredPair(module, names[0], names[1], layout, alpha, scale)
 

@@ -73,6 +73,18 @@ class PeftConfig:
         """The module's alpha."""
         return self.alpha_pattern.get(_first_match(self.alpha_pattern, module), self.alpha)
 
+    def alphas_of(self, module: str) -> set[float]:
+        """Every alpha that a pattern gives this module; more than one leaves PEFT to the order.
+
+        save_pretrained sorts the patterns by name, so a trained adapter and its saved form can
+        differ; the saved form is what PEFT loads, and what alpha_of says.
+        """
+        return {
+            alpha
+            for key, alpha in self.alpha_pattern.items()
+            if re.match(_SUFFIX.format(key), module)
+        }
+
     def scale_of(self, module: str, rank: int) -> float:
         """What multiplies lora_b @ lora_a: alpha / r, or alpha / sqrt(r) for rsLoRA."""
         return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
