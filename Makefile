@@ -36,7 +36,7 @@ test: setup ## the tests: no torch, no network, under three minutes
 
 test-parity: setup-parity ## comparisons with torch, PEFT and llama.cpp's converter
 	@EDGELORA_LLAMA_CPP="$$($(PARITY)/python scripts/fetch_llama_cpp_source.py)" && \
-	export EDGELORA_LLAMA_CPP && $(PARITY)/python -m pytest -m parity $(PYTEST_ARGS)
+	export EDGELORA_LLAMA_CPP && $(PARITY)/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
 
 check: setup ## the gate: ruff, mypy --strict, import direction
 	@$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 usage: python scripts/terminal_picture.py [-o docs/build.svg] [--width 100] [-- BUILD_ARGUMENTS]
 
-Without arguments it builds an adapter for the first dataset of examples/ from models/bank.
+Without arguments it builds an adapter for examples/support-tickets from models/bank.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def settled(written: str) -> str:
 
 
 def _default_build() -> list[str]:
-    example = sorted((ROOT / "examples").glob("*.jsonl"))[0].relative_to(ROOT).as_posix()
-    return ["--base", "smollm2-135m-instruct", "--bank", "models/bank", "--data", example]
+    data = "examples/support-tickets/train.jsonl"
+    return ["--base", "smollm2-135m-instruct", "--bank", "models/bank", "--data", data]
 
 
 def _arguments() -> argparse.Namespace:
