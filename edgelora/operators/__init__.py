@@ -1,0 +1,1 @@
+"""The meta-operator: distances between datasets to coefficients, and the judge of candidates."""

@@ -1,0 +1,111 @@
+"""The space in which datasets are compared: centred at the bank's mean, whitened by its spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.signature import TextDistribution
+
+SHRINKAGE = 0.1  # share of the isotropic covariance that is mixed in
+N_MEDIAN_POINTS = 512
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """An affine map: x -> (x - centre) @ W with W = (rest) I + directions.T diag(gains) directions.
+
+    Attributes:
+        centre: (e,) float64; e is d for moments, p for samples.
+        directions: (r, e) float64, orthonormal rows.
+        gains: (r,) what a direction is scaled by beyond `rest`.
+        rest: the scale of everything outside the directions.
+        median_squared: median squared distance between whitened points (1 for moments).
+    """
+
+    centre: Array
+    directions: Array
+    gains: Array
+    rest: float
+    median_squared: float = 1.0
+
+    def whiten(self, rows: Array) -> Array:
+        """(n, e) rows, already centred, times W."""
+        inside: Array = ((rows @ self.directions.T) * self.gains) @ self.directions
+        inside += self.rest * rows
+        return inside
+
+    def mean(self, field: TextDistribution) -> Array:
+        """The whitened mean of a field, (d,)."""
+        return self.whiten((field.mean.astype(np.float64) - self.centre)[None])[0]
+
+    def factor(self, field: TextDistribution) -> Array:
+        """(q, d): its Gram is the whitened low-rank covariance of a field."""
+        return self.whiten(field.factor())
+
+    def residual_deviation(self, field: TextDistribution) -> float:
+        """Standard deviation of a field outside its directions, whitened, all dimensions added."""
+        size = len(self.centre)
+        squares = (self.gains + self.rest) ** 2
+        mean_square = (squares.sum() + (size - len(squares)) * self.rest**2) / size
+        return float(np.sqrt(field.residual_variance * mean_square))
+
+    def points(self, field: TextDistribution) -> Array:
+        """The whitened sample of a field, (m, p)."""
+        return self.whiten(field.points() - self.centre)
+
+
+def moment_space(fields: Sequence[TextDistribution]) -> Space:
+    """The space of means and covariances of a bank, whitened by its total covariance.
+
+    Total covariance: that of the means plus the mean of the covariances, each dataset counting
+    once, shrunk towards the isotropic one of equal trace (as Ledoit and Wolf, 2004, with a fixed
+    share).
+    """
+    means = np.stack([field.mean.astype(np.float64) for field in fields])
+    centre = means.mean(axis=0)
+    spread = np.concatenate([means - centre, *(field.factor() for field in fields)])
+    residual = float(np.mean([field.residual_variance for field in fields]))
+    return _whitened(centre, spread / np.sqrt(len(fields)), residual)
+
+
+def sample_space(fields: Sequence[TextDistribution]) -> Space:
+    """The projected space of the samples of a bank, whitened by their pooled covariance."""
+    points = [field.points() for field in fields]
+    centre = np.mean([x.mean(axis=0) for x in points], axis=0)
+    weighted = np.concatenate([(x - centre) / np.sqrt(len(x)) for x in points])
+    space = _whitened(centre, weighted / np.sqrt(len(fields)), 0.0)
+    white = space.whiten(np.concatenate(points) - centre)
+    return Space(space.centre, space.directions, space.gains, space.rest, _median_squared(white))
+
+
+def _whitened(centre: Array, spread: Array, residual: float) -> Space:
+    """The space whose covariance is spread.T @ spread + residual / e on the diagonal, shrunk."""
+    from scipy.linalg import eigh
+
+    e = len(centre)
+    isotropic = (float((spread**2).sum()) + residual) / e
+    if isotropic == 0.0:  # a bank of one text: there is no spread to measure in
+        return Space(centre, np.zeros((0, e)), np.zeros(0), 1.0)
+    wide = len(spread) < e
+    values, vectors = eigh(spread @ spread.T if wide else spread.T @ spread)
+    kept = values > 1e-10 * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+    directions = (vectors.T @ spread) / np.sqrt(values)[:, None] if wide else vectors.T
+    floor = (1.0 - SHRINKAGE) * residual / e + SHRINKAGE * isotropic
+    rest = 1.0 / np.sqrt(floor)
+    gains = 1.0 / np.sqrt((1.0 - SHRINKAGE) * values + floor) - rest
+    return Space(centre, directions, gains, float(rest))
+
+
+def _median_squared(points: Array) -> float:
+    from scipy.spatial.distance import pdist
+
+    some = points[:: max(1, len(points) // N_MEDIAN_POINTS)][:N_MEDIAN_POINTS]
+    squares = pdist(some, "sqeuclidean")
+    positive = squares[squares > 0]
+    return float(np.median(positive)) if len(positive) else 1.0
