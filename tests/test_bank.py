@@ -372,6 +372,13 @@ def test_a_bank_is_opened_only_where_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
     with pytest.raises(BankError, match=r"not empty \(holds cat\.jpg\)"):
         open_bank(tmp_path / "photos", create=True)
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "README.md").write_text("# A bank")
+    assert open_bank(tmp_path / "card", create=True).records() == []
+    (tmp_path / "card" / "adapters").rmdir()
+    with pytest.raises(BankError, match="missing"):
+        open_bank(tmp_path / "card")
+    assert open_bank(tmp_path / "card", create=True).records() == []
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(BankError):
         open_bank(tmp_path / "file", create=True)

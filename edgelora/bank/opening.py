@@ -42,13 +42,16 @@ def open_bank(path: Path, *, create: bool = False) -> Bank:
             f"{path}: a bank of format {version}; this EdgeLoRA reads format {FORMAT_VERSION}",
             hint="Use the EdgeLoRA that made it, or add the adapters to a new bank.",
         )
-    bank.folder.mkdir(exist_ok=True)
+    if not bank.folder.is_dir():  # git, for one, does not keep an empty folder
+        if not create:
+            raise BankError(f"{bank.folder}: missing", hint="`edgelora bank add` makes it.")
+        bank.folder.mkdir(exist_ok=True)
     return bank
 
 
 def _create(bank: Bank) -> None:
     """Make the folder and bank.json last; what a killed run left of it is taken over."""
-    ours = (FOLDER, INDEX, LOCK, TEMPORARY_PREFIX)
+    ours = (FOLDER, INDEX, LOCK, TEMPORARY_PREFIX, "README")
     try:
         bank.path.mkdir(parents=True, exist_ok=True)
         strange = [p.name for p in bank.path.iterdir() if not p.name.startswith(ours)]

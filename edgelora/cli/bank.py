@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,6 @@ from typing import Any
 
 import click
 from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from edgelora.bank import Bank, BankRecord, Facts, open_bank
 from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome, add_many
@@ -67,7 +66,8 @@ def add(
         raise click.UsageError("--data and --name are for one folder; for many, see --data-glob.")
     if data and data_glob:
         raise click.UsageError("--data and --data-glob exclude each other.")
-    outcomes = _add(folders, bank_path, base, data, data_glob, name, **options)
+    globs = {"data_glob": data_glob, "card_glob": options.pop("card_glob")}
+    outcomes = _add(folders, bank_path, base, {"data": data, "name": name, **globs}, **options)
     if as_json:
         _print_json([{**vars(o), "folder": str(o.folder)} for o in outcomes])
     else:
@@ -79,11 +79,8 @@ def _add(
     folders: Sequence[Path],
     bank_path: Path,
     base_name: str,
-    data: Path | None,
-    data_glob: str | None,
-    name: str | None,
+    places: dict[str, Any],
     *,
-    card_glob: str | None,
     prompt_key: str | None,
     completion_key: str | None,
     dtype: str,
@@ -98,26 +95,17 @@ def _add(
 
     base = read_base(resolve(base_name))
     given = Facts(**facts)
-    if given.template or not card_glob:  # wrong for one, it is wrong for all: say it once
+    if given.template or not places["card_glob"]:  # wrong for one, it is wrong for all
         given = with_template(given, base)
-    requests, refused = make_requests(
-        folders, name=name, data=data, data_glob=data_glob, card_glob=card_glob, facts=given
-    )
+    requests, refused = make_requests(folders, facts=given, **places)
     bank = open_bank(bank_path, create=True)
+    read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
     with (
         open_embedder(base.path, n_threads=threads, seed=seed) as embed,
         console.progress("adding adapters", len(requests)) as advance,
     ):
         return refused + add_many(
-            bank,
-            base,
-            requests,
-            embed=embed,
-            dtype=dtype,
-            progress=advance,
-            read_data=lambda path: read_dataset(
-                path, prompt_key=prompt_key, completion_key=completion_key
-            ),
+            bank, base, requests, embed=embed, dtype=dtype, progress=advance, read_data=read
         )
 
 
@@ -164,18 +152,16 @@ def ls(bank_path: Path, as_json: bool, **_: Any) -> None:
         records = [record.to_json() for record in listing.records]
         _print_json({"bank": str(bank_path), "adapters": records, "damaged": damaged})
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("name", "rank", "tensors", "type", "MB", "signature", "template", "source"):
-        table.add_column(title, overflow="fold", justify="right" if title == "MB" else "left")
-    for record in listing.records:
-        table.add_row(*(Text(_clean(cell)) for cell in _cells(record)))
-    console.out.print(table)
+    titles = ("name", "rank", "tensors", "type", "MB", "signature", "template", "source")
+    rows = [titles, *(_cells(record) for record in listing.records)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # no rich table: it cuts names to fit 80 columns where a script reads them
+        _print("  ".join(map(str.ljust, row, widths)).rstrip())
     n_unsigned = sum(not record.has_signature for record in listing.records)
     console.say(f"{len(listing.records)} adapters, {n_unsigned} without a signature")
 
 
 def _cells(record: BankRecord) -> tuple[str, ...]:
-    template = record.template if record.template == "chat" else "own"
     return (
         record.name,
         _ranks(record),
@@ -183,8 +169,8 @@ def _cells(record: BankRecord) -> tuple[str, ...]:
         record.dtype,
         f"{record.size_bytes / 1e6:.1f}",
         "yes" if record.has_signature else "no",
-        template,
-        record.source,
+        "chat" if record.template == "chat" else "own",
+        " ".join(record.source.split()),
     )
 
 
