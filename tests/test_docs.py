@@ -38,13 +38,13 @@ LEAVES = [name for name, command in COMMANDS.items() if not isinstance(command, 
 
 def code_lines(page: Path) -> Iterator[str]:
     """Lines of fenced or indented code and `inline code`, continuations joined, `$ ` removed."""
-    text = page.read_text(encoding="utf-8")
+    text = re.sub(r" *\\\n\s*", " ", page.read_text(encoding="utf-8"))
     fenced = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     rest = re.sub(r"^```[^\n]*\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    indented = re.findall(r"^ {4,}(\S.*(?:\\\n.*)*)$", rest, re.MULTILINE)
+    indented = re.findall(r"^ {4,}(\S.*)$", rest, re.MULTILINE)
     inline = re.findall(r"`([^`\n]+)`", rest)
     for block in [*fenced, *indented, *inline]:
-        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+        for line in block.splitlines():
             yield line.strip().removeprefix("$ ")
 
 
