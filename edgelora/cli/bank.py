@@ -44,7 +44,7 @@ def command() -> None:
 @click.option("--template", help="Prompt template it was trained with (default: the base's own).")
 @click.option("--licence", help="Licence of the adapter or of its data.")
 @click.option("--source", help="Where its data comes from.")
-@click.option("--type", "dtype", type=click.Choice(TYPES), default="f16", show_default=True)
+@click.option("--type", "dtype", type=click.Choice(TYPES), default="f16", help="Of the tensors.")
 @click.option("--name", help="Its name in the bank (default: the folder's).")
 @json_option
 @console.common_options
