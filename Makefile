@@ -43,8 +43,8 @@ check: setup ## the gate: ruff, mypy --strict, import direction
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_architecture.py
 
-bench-%: setup ## run benchmarks/NAME.py, e.g. make bench-own_hidden BENCH_ARGS="--help"
-	@$(BIN)/python benchmarks/$*.py $(BENCH_ARGS)
+bench-%: setup ## run scripts/benchmark_NAME.py, e.g. make bench-merge BENCH_ARGS="--help"
+	@$(BIN)/python scripts/benchmark_$*.py $(BENCH_ARGS)
 
 picture: setup ## docs/build.svg from a real build
 	@$(BIN)/python scripts/terminal_picture.py
