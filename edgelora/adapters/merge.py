@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +50,21 @@ class MergeReport:
         return max(report.rank for report in self.tensors)
 
 
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Linear algebra on one thread.
+
+    numpy and scipy bring a BLAS each; on small matrices their threads wait for each other (ten
+    times slower on two busy cores), and the last bits would depend on their number.
+    """
+    from threadpoolctl import threadpool_limits
+
+    importlib.import_module("scipy.linalg")  # a BLAS that is loaded later would not be limited
+    with threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@one_blas_thread()
 def merge_adapters(
     sources: Sequence[Path | LoraFile],
     coefficients: Coefficients,
@@ -64,9 +81,9 @@ def merge_adapters(
 ) -> MergeReport:
     """Write `scale * sum_i coefficients[i] * sources[i]` as one adapter; out appears whole or not.
 
-    The same sources, coefficients and options give the same bytes on one machine with one number
-    of threads. Singular values are computed first, because the header holds the errors; values
-    are made in a second pass, so that memory holds the factors of one tensor only.
+    The same sources, coefficients and options give the same bytes on one machine. Singular values
+    are computed first, because the header holds the errors; the factors are made in a second
+    pass, so that memory holds those of one tensor only.
 
     Args:
         coefficients, method, rank, scale: see combine.combine. A source with coefficient 0
