@@ -121,9 +121,9 @@ def _refuse_other_kinds(path: Path, metadata: Mapping[str, Any], gguf: GGUFFile)
             hint="Join the parts first: llama-gguf-split --merge FIRST_PART WHOLE.gguf",
         )
     kind = metadata.get("general.type", "model")
-    if kind == "adapter":
+    if isinstance(kind, str) and kind == "adapter":
         raise UnsupportedFile(f"{path}: an adapter, not a base model", hint="Give it as adapter.")
-    if kind != "model":
+    if not isinstance(kind, str) or kind != "model":
         raise UnsupportedFile(f"{path}: holds {kind!r}, not a base model")
     if not isinstance(metadata.get("general.architecture"), str):
         raise InvalidFile(f"{path}: names no architecture (general.architecture)")
@@ -145,7 +145,7 @@ class _Numbers:
     def get(self, key: str, default: int | None = None) -> int:
         name = f"{self.architecture}.{key}"
         value = self.metadata.get(name, default)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(set(value)) == 1:
             value = int(value[0])  # some converters write one number for each block
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31:
             return value

@@ -141,6 +141,8 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig | None, list[str], 
         if value and key not in REFUSED.keys() | IGNORED | USED
     ]
     fields = _Fields(raw, problems)
+    if raw.get("use_rslora") not in (None, True, False):
+        fields.wrong("use_rslora", "true or false", raw["use_rslora"])
     config = PeftConfig(
         rank=fields.rank("r", raw.get("r")),
         alpha=fields.number("lora_alpha", raw.get("lora_alpha")),

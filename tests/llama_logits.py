@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 def logits(base: Path, ids: Sequence[int], adapter: Path | None = None) -> NDArray[np.float32]:
     """The logits (n tokens, vocabulary) of every position of `ids`."""
     llama_cpp.llama_backend_init()
-    silent = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     model = llama_cpp.llama_model_load_from_file(
         str(base).encode(), llama_cpp.llama_model_default_params()
     )
