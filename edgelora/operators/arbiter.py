@@ -183,11 +183,14 @@ def _checked(
     candidates: Sequence[Candidate], nll: ArrayLike, n_tokens: ArrayLike, base_nll: ArrayLike
 ) -> tuple[Array, Array, Array]:
     tokens, base = np.asarray(n_tokens, np.float64), np.asarray(base_nll, np.float64)
-    losses = np.asarray(nll, np.float64).reshape(len(candidates), -1)
+    losses = np.asarray(nll, np.float64)
     if tokens.ndim != 1 or not len(tokens) or base.shape != tokens.shape:
         raise ValueError(f"{base.shape} losses of the base and {tokens.shape} token counts")
-    if len(candidates) and losses.shape[1] != len(tokens):
-        raise ValueError(f"{losses.shape} losses of {len(candidates)} candidates, {len(tokens)}")
+    if len(candidates) and losses.shape != (len(candidates), len(tokens)):
+        raise ValueError(
+            f"losses of shape {losses.shape} for {len(candidates)} candidates and "
+            f"{len(tokens)} examples"
+        )
     if (tokens < 1).any() or not np.isfinite(base).all():
         raise ValueError("an example without tokens, or a loss of the base that is not finite")
     return losses, tokens, base

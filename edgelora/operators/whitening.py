@@ -35,9 +35,8 @@ class Space:
 
     def whiten(self, rows: Array) -> Array:
         """(n, e) rows, already centred, times W."""
-        inside: Array = ((rows @ self.directions.T) * self.gains) @ self.directions
-        inside += self.rest * rows
-        return inside
+        inside = ((rows @ self.directions.T) * self.gains) @ self.directions
+        return np.asarray(self.rest * rows + inside, np.float64)
 
     def mean(self, field: TextDistribution) -> Array:
         """The whitened mean of a field, (d,)."""
