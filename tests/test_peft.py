@@ -152,6 +152,8 @@ def test_a_rank_that_the_config_does_not_know(base: Base, tmp_path: Path) -> Non
     folder = write_folder(tmp_path / "a", factors(V, 16, 32, rank=2))
     lora, messages = warned(folder, base)
     assert "has rank 2, adapter_config.json says 4" in messages
+    many = pico.write_peft(tmp_path / "many", rank=2, config={"r": 4})
+    assert "and 3 more warnings" in warned(many, base)[1]
     assert lora.pair("blk.1.attn_v.weight").scale == 4.0
 
 

@@ -35,6 +35,7 @@ __all__ = ["convert", "convert_source", "read_adapter", "write_peft"]
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
+MAX_NOTES = 3
 
 # `.default` is the adapter's name, which PEFT removes when it saves and others do not.
 _LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?P<adapter>\.[^.]+)?\.weight")
@@ -197,14 +198,18 @@ def _pair_up(
         sides.setdefault(match["side"], []).append(name)
     pairs = []
     skipped = []
+    notes: list[str] = []
     for (module, layout), sides in modules.items():
         names = [name for side in "AB" for name in sides.get(side, [])]
         if len(sides) != 2 or len(names) != 2:
             findings.damaged.append(f"{module}: expected one A and one B, found {names}")
         elif config is not None and config.targets(module):
-            pairs.append(_stored_pair(module, names, layout, weights, config, findings))
+            pairs.append(_stored_pair(module, names, layout, weights, config, notes))
         elif config is not None:
             skipped.append(module)
+    findings.warnings += notes[:MAX_NOTES]
+    if len(notes) > MAX_NOTES:
+        findings.warnings.append(f"and {len(notes) - MAX_NOTES} more warnings of these kinds")
     if skipped:
         findings.warnings.append(
             f"{len(skipped)} modules have weights but are not targeted by {CONFIG}, so PEFT does "
@@ -219,18 +224,18 @@ def _stored_pair(
     layout: str,
     weights: SafetensorsFile,
     config: PeftConfig,
-    findings: Findings,
+    notes: list[str],
 ) -> StoredPair:
     rank = (*weights.tensors[names[0]].shape[:1], 0)[0]
     scale = config.scale_of(module, rank) if rank else 0.0
     if rank != config.rank_of(module):
-        findings.warnings.append(
+        notes.append(
             f"{module}: has rank {rank}, {CONFIG} says {config.rank_of(module)}; "
             f"scaled by its own rank ({scale:g})"
         )
     alphas = config.alphas_of(module)
     if len(alphas) > 1:
-        findings.warnings.append(
+        notes.append(
             f"{module}: several patterns of alpha_pattern match it ({sorted(alphas)}); used the "
             f"first in the file, {config.alpha_of(module):g}, as PEFT does when it loads this"
         )
