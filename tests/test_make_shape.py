@@ -1,0 +1,65 @@
+"""The script that makes files of a real shape, on a small shape; the merge benchmark runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from llama_logits import logits
+
+from edgelora.adapters.base import read_base
+from edgelora.adapters.gguf_lora import check, open_lora
+from edgelora.adapters.peft import convert
+from edgelora.gguf_file import open_gguf
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import make_shape
+
+    small = make_shape.Shape(2, 64, 96, 4, 2, 400, 128)
+    monkeypatch.setitem(make_shape.SHAPES, "small", small)
+    return make_shape
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0", "q4_0"])
+def test_a_base_decodes_and_takes_its_adapters(
+    made: ModuleType, tmp_path: Path, dtype: str
+) -> None:
+    shape = made.SHAPES["small"]
+    path = made.write_base(tmp_path / "base.gguf", shape, dtype=dtype)
+    found = logits(path, [1, 300, 301])
+    assert found.shape == (3, 400) and np.isfinite(found).all() and found.std() > 0
+    lora = made.write_gguf_lora(tmp_path / "lora.gguf", shape, rank=4)
+    assert check(open_lora(lora), read_base(path)) == []
+    assert np.abs(logits(path, [1, 300, 301], lora) - found).max() > 0
+
+
+def test_a_sparse_base_is_enough_to_convert(made: ModuleType, tmp_path: Path) -> None:
+    shape = made.SHAPES["small"]
+    sparse = made.write_base(tmp_path / "sparse.gguf", shape, dtype="f16", sparse=True)
+    whole = made.write_base(tmp_path / "whole.gguf", shape, dtype="f16")
+    assert open_gguf(sparse).tensors == open_gguf(whole).tensors
+    assert sparse.stat().st_size == whole.stat().st_size
+    folder = made.write_peft(tmp_path / "peft", shape, rank=4, dtype="F16")
+    convert(folder, read_base(sparse), tmp_path / "lora.gguf")
+    assert len(open_lora(tmp_path / "lora.gguf").names) == 6
+
+
+def test_the_merge_benchmark_runs(made: ModuleType, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "benchmark_merge.py"), str(tmp_path), "--json"]
+    sizes = ["--shape", "smollm2-135m", "--adapters", "2", "--rank", "2", "--to", "2"]
+    done = subprocess.run([*command, *sizes], capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr  # 1: a target missed, on a busy machine
+    told = json.loads(done.stdout)
+    assert told["tensors"] == 90
+    one = told["one_tensor"]
+    assert one["ours_error"] == pytest.approx(one["dense_error"], rel=1e-3)
