@@ -10,6 +10,7 @@ target has none, or no adapter has, prompts alone count (`fields_used` tells).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -114,11 +115,13 @@ def sinkhorn(
     samples (Genevay, Peyre and Cuturi, 2018, arXiv:1706.00292).
     """
 
-    def between(space: Space, a: TextDistribution, b: TextDistribution) -> float:
-        x, y = space.points(a), space.points(b)
+    @functools.cache
+    def cost(space: Space, a: TextDistribution, b: TextDistribution) -> float:
         regularisation = SINKHORN_REGULARISATION * space.median_squared
-        same = _transport_cost(x, x, regularisation) + _transport_cost(y, y, regularisation)
-        return max(_transport_cost(x, y, regularisation) - same / 2, 0.0)
+        return _transport_cost(space.points(a), space.points(b), regularisation)
+
+    def between(space: Space, a: TextDistribution, b: TextDistribution) -> float:
+        return max(cost(space, a, b) - (cost(space, a, a) + cost(space, b, b)) / 2, 0.0)
 
     return _combine(between, sample_space, target, others, completion_weight)
 

@@ -40,7 +40,8 @@ class Space:
 
     def mean(self, field: TextDistribution) -> Array:
         """The whitened mean of a field, (d,)."""
-        return self.whiten((field.mean.astype(np.float64) - self.centre)[None])[0]
+        centred = field.mean.astype(np.float64) - self.centre
+        return self.whiten(centred[None]).ravel()
 
     def factor(self, field: TextDistribution) -> Array:
         """(q, d): its Gram is the whitened low-rank covariance of a field."""
