@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgelora.errors import InvalidFile
 
+FILE_NAME = "neural.safetensors"  # in the folder of the bank
 FORMAT_VERSION = 1
 LAYER_NORM_EPSILON = 1e-5
 MAX_HIDDEN = 8_192
@@ -89,7 +90,7 @@ def save_heads(heads: Mapping[str, NeuralHead]) -> bytes:
     return save(tables, metadata={_METADATA_KEY: metadata})
 
 
-def load_heads(data: bytes, where: str = "neural.safetensors") -> dict[str, NeuralHead]:
+def load_heads(data: bytes, where: str = FILE_NAME) -> dict[str, NeuralHead]:
     """Read what `save_heads` wrote, trusting nothing in it.
 
     Raises:
