@@ -101,9 +101,9 @@ class Context:
         return np.ctypeslib.as_array(logits, (n_outputs, self.model.vocabulary.n_tokens))
 
     def hidden(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Hidden states after the last norm, (n_rows, d) float32; the head is never computed.
+        """Hidden states after the last norm of the output rows, (n_outputs, d) float32.
 
-        Only for a context opened with `hidden=True`; every row must be an output.
+        Only for a context opened with `hidden=True`, where the head is never computed.
         """
         if self._capture is None:
             raise EngineError("this context was not opened for hidden states")
@@ -111,7 +111,7 @@ class Context:
         self.decode(rows)
         if self._capture.rows is None:
             raise EngineError(f"{self.model.base.architecture}: no node named result_norm")
-        return self._capture.rows.reshape(len(rows), self.model.n_embd)
+        return self._capture.rows.reshape(-1, self.model.n_embd)
 
     def _fill(self, rows: Sequence[Row]) -> None:
         if not 0 < len(rows) <= self.n_batch:

@@ -65,7 +65,19 @@ def score(
     Raises:
         EngineError: an example is longer than the context (its line is named; nothing is cut).
     """
-    _refuse_overlong(context, examples, max_answer)
+    refuse_overlong(context, examples, max_answer)
+    n_shared = start_shared(context, examples)
+    scores: list[Score] = []
+    for group in grouped(context, examples, n_shared, max_answer):
+        scores += _score_group(context, group, n_shared, max_answer)
+        for sequence in range(len(group)):
+            context.truncate(sequence, n_shared)
+        progress(len(group))
+    return scores
+
+
+def start_shared(context: Context, examples: Sequence[TokenisedExample]) -> int:
+    """Forget all, compute the prefix that all prompts share, and lend it to every sequence."""
     context.clear()
     n_shared = shared_prefix([example.prompt for example in examples])
     if n_shared:
@@ -74,13 +86,22 @@ def score(
             pass
         for sequence in range(1, context.n_sequences):
             context.copy_sequence(0, sequence)
-    scores: list[Score] = []
-    for group in _groups(context, examples, n_shared, max_answer):
-        scores += _score_group(context, group, n_shared, max_answer)
-        for sequence in range(len(group)):
-            context.truncate(sequence, n_shared)
-        progress(len(group))
-    return scores
+    return n_shared
+
+
+def completion_rows(group: Sequence[TokenisedExample], n_shared: int) -> list[Row]:
+    """The tokens of a group after the shared prefix; those that predict a completion are outputs.
+
+    The last token of a completion predicts nothing that is scored, so it is left out.
+    """
+    rows: list[Row] = []
+    for sequence, example in enumerate(group):
+        ids = example.prompt + example.completion[:-1]
+        n_prompt = len(example.prompt)
+        rows += (
+            Row(ids[i], i, sequence, output=i >= n_prompt - 1) for i in range(n_shared, len(ids))
+        )
+    return rows
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
@@ -104,15 +125,12 @@ def count_tokens(examples: Sequence[TokenisedExample]) -> int:
 def _score_group(
     context: Context, group: Sequence[TokenisedExample], n_shared: int, max_answer: int
 ) -> list[Score]:
-    rows: list[Row] = []
-    targets: list[tuple[int, int]] = []
-    for sequence, example in enumerate(group):
-        ids = example.prompt + example.completion[:-1]
-        n_prompt = len(example.prompt)
-        rows += (
-            Row(ids[i], i, sequence, output=i >= n_prompt - 1) for i in range(n_shared, len(ids))
-        )
-        targets += ((sequence, token) for token in example.completion or (-1,))
+    rows = completion_rows(group, n_shared)
+    targets = [
+        (sequence, token)
+        for sequence, example in enumerate(group)
+        for token in example.completion or (-1,)
+    ]
     nll = np.zeros(len(group))
     first = np.full(len(group), -1)
     position = 0
@@ -176,9 +194,10 @@ def _decode_all(context: Context, rows: Sequence[Row]) -> Iterator[NDArray[np.fl
         yield context.decode(rows[start : start + context.n_batch])
 
 
-def _groups(
+def grouped(
     context: Context, examples: Sequence[TokenisedExample], n_shared: int, max_answer: int
 ) -> Iterator[list[TokenisedExample]]:
+    """Consecutive examples that fit the context's sequences and cells together."""
     group: list[TokenisedExample] = []
     used = n_shared
     for example in examples:
@@ -196,9 +215,10 @@ def _cells(example: TokenisedExample, max_answer: int) -> int:
     return len(example.prompt) + max(len(example.completion), max_answer)
 
 
-def _refuse_overlong(
+def refuse_overlong(
     context: Context, examples: Sequence[TokenisedExample], max_answer: int
 ) -> None:
+    """Raise EngineError with the lines that do not fit the context."""
     problems = [
         f"line {example.line}: {_cells(example, max_answer)} tokens"
         for example in examples
