@@ -116,7 +116,7 @@ def test_sliced_equals_pots() -> None:
 
 def test_sinkhorn_equals_pots_divergence() -> None:
     fields = [signature.prompt for signature in BANK]
-    reg = 0.1 * sample_space(fields).median_squared
+    reg = 0.5 * sample_space(fields).median_squared
     x, *others = points_of(BANK)
 
     def cost(a: np.ndarray, b: np.ndarray) -> float:

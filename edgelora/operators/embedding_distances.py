@@ -21,7 +21,7 @@ from edgelora.signature import Signature, TextDistribution
 
 COMPLETION_WEIGHT = 0.5
 N_SLICES = 64
-SINKHORN_REGULARISATION = 0.1  # of the median cost between points of the bank
+SINKHORN_REGULARISATION = 0.5  # of the median cost in the bank; at 0.1 outliers did not converge
 Array = NDArray[np.float64]
 FieldDistance = Callable[[Space, TextDistribution, TextDistribution], float]
 
