@@ -14,7 +14,7 @@ from edgelora.datasets.template import Template
 from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.prepare import tokenise_examples
-from edgelora.engine.score import Score, mean_loss, score
+from edgelora.engine.score import Score, mean_loss, paired_interval, score
 from edgelora.errors import DatasetError
 
 
@@ -103,7 +103,7 @@ def _arm(
 ) -> Arm:
     interval = None
     if name != "base":
-        interval = loss_interval(scores, base, seed)
+        interval = paired_interval(scores, base, seed)
     rouge = exact = None
     if answers:
         pairs = list(zip(answers, examples, strict=True))
@@ -111,15 +111,6 @@ def _arm(
         exact = float(np.mean([metrics.exact_match(text, references(e)) for text, e in pairs]))
     n_tokens = sum(s.n_tokens for s in scores)
     return Arm(name, mean_loss(scores), n_tokens, rouge, exact, interval)
-
-
-def loss_interval(
-    scores: Sequence[Score], base: Sequence[Score], seed: int
-) -> tuple[float, float, float]:
-    """95 % paired bootstrap interval (low, mid, high) of the difference in nats a token."""
-    differences = np.array([s.nll - b.nll for s, b in zip(scores, base, strict=True)])
-    weights = np.array([s.n_tokens for s in scores], float)
-    return metrics.paired_bootstrap(differences, weights, seed=seed)
 
 
 def references(example: Example) -> tuple[str, ...]:

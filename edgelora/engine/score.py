@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgelora.engine.context import Context, Row
 from edgelora.errors import EngineError
+from edgelora.metrics import paired_bootstrap
 
 _MIN_SHARED = 8
 
@@ -47,6 +48,15 @@ def mean_loss(scores: Sequence[Score]) -> float:
     """Nats for each completion token over all examples."""
     n_tokens = sum(score.n_tokens for score in scores)
     return sum(score.nll for score in scores) / n_tokens if n_tokens else float("nan")
+
+
+def paired_interval(
+    scores: Sequence[Score], base: Sequence[Score], seed: int
+) -> tuple[float, float, float]:
+    """95 % paired bootstrap interval (low, mid, high) of the difference in nats a token."""
+    differences = np.array([s.nll - b.nll for s, b in zip(scores, base, strict=True)])
+    weights = np.array([s.n_tokens for s in scores], float)
+    return paired_bootstrap(differences, weights, seed=seed)
 
 
 def score(

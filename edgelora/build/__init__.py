@@ -1,0 +1,8 @@
+"""A build: from a dataset and a bank to one adapter, chosen by its loss on the examples."""
+
+from __future__ import annotations
+
+from edgelora.build.records import Built, Listener, Options, Plan
+from edgelora.build.run import build
+
+__all__ = ["Built", "Listener", "Options", "Plan", "build"]

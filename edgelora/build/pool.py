@@ -1,0 +1,109 @@
+"""The adapters of a bank that a build may combine, with their signatures."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.adapters.base import BaseIdentity
+from edgelora.bank import Bank, BankRecord
+from edgelora.errors import BankError
+from edgelora.signature import Signature
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """k adapters for one base.
+
+    Attributes:
+        folder: the bank's.
+        signatures: of each adapter's dataset, None where there is none.
+    """
+
+    folder: Path
+    records: tuple[BankRecord, ...]
+    signatures: tuple[Signature | None, ...]
+
+    @property
+    def paths(self) -> list[Path]:
+        """The adapters' files."""
+        return [record.path for record in self.records]
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names."""
+        return [record.name for record in self.records]
+
+    @property
+    def signed(self) -> list[int]:
+        """Positions of the adapters that have a signature."""
+        return [i for i, signature in enumerate(self.signatures) if signature is not None]
+
+    @property
+    def others(self) -> list[Signature]:
+        """The signatures that there are, in the order of `signed`."""
+        return [signature for signature in self.signatures if signature is not None]
+
+    def spread(self, positions: Sequence[int], values: Array) -> Array:
+        """Coefficients (k,) with `values` at `positions` and 0 elsewhere."""
+        coefficients = np.zeros(len(self.records))
+        coefficients[list(positions)] = values
+        return coefficients
+
+
+def open_pool(bank: Bank, identity: BaseIdentity, exclude: Sequence[str]) -> Pool:
+    """The adapters of `bank` for this base whose names match none of the patterns.
+
+    Raises:
+        BankError: none is left; the other bases in the bank are named.
+    """
+    everything = bank.records()
+    records = tuple(
+        record
+        for record in everything
+        if record.base_id == identity.id
+        and not any(fnmatch.fnmatchcase(record.name, pattern) for pattern in exclude)
+    )
+    if not records:
+        others = sorted({r.base.describe() for r in everything if r.base_id != identity.id})
+        raise BankError(
+            f"{bank.path}: no adapter is left for {identity.describe()}",
+            problems=[f"adapters for {other}" for other in others],
+            hint="Use the base that the adapters were made for, add some with `edgelora bank "
+            "add`, or exclude fewer.",
+        )
+    signatures = tuple(
+        bank.signature(record.name, identity.id) if record.has_signature else None
+        for record in records
+    )
+    return Pool(bank.path, records, signatures)
+
+
+def find_warnings(pool: Pool, template_key: str) -> list[str]:
+    """Adapters that were trained with another template, or that have no signature."""
+    found = []
+    others = [r.name for r in pool.records if r.template and r.template != template_key]
+    if others:
+        found.append(
+            f"{len(others)} adapter(s) were trained with another prompt template and may help "
+            f"less with this one: {_listed(others)}"
+        )
+    unsigned = [pool.names[i] for i, s in enumerate(pool.signatures) if s is None]
+    if unsigned:
+        found.append(
+            f"{len(unsigned)} adapter(s) have no signature; operators on distances skip them: "
+            f"{_listed(unsigned)}"
+        )
+    return found
+
+
+def _listed(names: Sequence[str], n_shown: int = 5) -> str:
+    shown = ", ".join(names[:n_shown])
+    return shown if len(names) <= n_shown else f"{shown} and {len(names) - n_shown} more"

@@ -1,0 +1,226 @@
+"""Coefficients worth trying: from distances, from measured losses, from the surrogate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.build.pool import Pool
+from edgelora.datasets.records import Example
+from edgelora.embedding_cache import open_cache
+from edgelora.engine.context import Context
+from edgelora.engine.hidden import CompletionStates, completion_states
+from edgelora.engine.model import WeightedAdapter
+from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.errors import EdgeLoRAError
+from edgelora.operators import surrogate
+from edgelora.operators.distances import measure
+from edgelora.operators.heads import OPERATORS, gibbs, neural
+from edgelora.operators.mixture import mixture
+from edgelora.operators.neural import FILE_NAME, load_heads
+from edgelora.signature import Signature
+from edgelora.summarise import summarise_examples
+
+Array = NDArray[np.float64]
+Proposal = tuple[str, Array]
+
+PENALTIES = (5.0, 1.0)
+OPERATOR_NAMES = ("auto", "mixture", "surrogate", *OPERATORS)
+_LOSS_TEMPERATURE = 1.0
+_MIN_SHOWN = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What forward passes of single adapters told.
+
+    Attributes:
+        positions: of the m adapters measured, in the pool.
+        losses: (m,) mean nats a token of each alone.
+        base, alone: the states that predict the completions, without and with each adapter.
+        head: (v, d) float32.
+    """
+
+    positions: list[int]
+    losses: Array
+    base: CompletionStates
+    alone: list[CompletionStates]
+    head: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Nearness:
+    """How far a dataset is from those of the adapters.
+
+    Attributes:
+        distance: the name of the distance.
+        target: the signature of the user's support examples.
+        distances: (k,), inf for an adapter without a signature.
+    """
+
+    distance: str
+    target: Signature
+    distances: Array
+
+
+def find_nearness(
+    context: Context, pool: Pool, examples: Sequence[Example], distance: str, seed: int
+) -> Nearness | None:
+    """Embed `examples` and measure; None if no adapter has a signature.
+
+    Args:
+        context: opened with `hidden=True`.
+    """
+    if not pool.signed:
+        return None
+    with open_cache() as cache:
+        target = summarise_examples(context, examples, cache=cache, seed=seed)
+    distances = pool.spread(pool.signed, measure(distance, target, pool.others, seed=seed))
+    distances[[i for i in range(len(distances)) if i not in pool.signed]] = np.inf
+    return Nearness(distance, target, distances)
+
+
+def shortlist(
+    pool: Pool, support: Sequence[TokenisedExample], nearness: Nearness | None, n_tokens: int
+) -> tuple[list[int], list[TokenisedExample]]:
+    """Which adapters to measure, on which examples, so that both fit `n_tokens`.
+
+    All adapters on all examples if that fits; else on the shortest examples, at least 6; else
+    only the nearest adapters.
+    """
+    shown = sorted(support, key=lambda example: example.n_tokens)
+    k = len(pool.records)
+    while len(shown) > _MIN_SHOWN and (k + 1) * count_tokens(shown) > n_tokens:
+        shown.pop()
+    n_measured = min(k, max(1, n_tokens // max(1, count_tokens(shown)) - 1))
+    order = np.argsort(nearness.distances, kind="stable") if nearness else np.arange(k)
+    return sorted(int(i) for i in order[:n_measured]), shown
+
+
+def measure_base(
+    context: Context, shown: Sequence[TokenisedExample]
+) -> tuple[CompletionStates, float]:
+    """The base's own pass, and its speed in tokens a second."""
+    context.apply([])
+    started = time.perf_counter()
+    base = completion_states(context, shown)
+    return base, count_tokens(shown) / (time.perf_counter() - started)
+
+
+def measure_alone(
+    context: Context,
+    paths: Sequence[Path],
+    shown: Sequence[TokenisedExample],
+    progress: Callable[[int, int], None],
+) -> list[CompletionStates]:
+    """One pass for each adapter, each loaded for its own pass only.
+
+    Args:
+        context: opened with `hidden=True`.
+        progress: (adapters done, adapters in all).
+    """
+    alone = []
+    for done, path in enumerate(paths):
+        progress(done, len(paths))
+        context.apply([WeightedAdapter(path)])
+        alone.append(completion_states(context, shown))
+        context.apply([])
+        context.model.unload(path)
+    progress(len(paths), len(paths))
+    return alone
+
+
+def losses_of(states: Sequence[CompletionStates], head: NDArray[np.float32]) -> Array:
+    """Mean nats a token of each, (m,)."""
+    return np.array(
+        [surrogate.token_losses(s.hidden, s.targets, head).mean() for s in states]
+    )
+
+
+def propose(
+    pool: Pool, nearness: Nearness | None, measured: Measured | None, operator: str
+) -> list[Proposal]:
+    """The candidates' coefficients, simplest first; with a named operator only that one.
+
+    Raises:
+        EdgeLoRAError: the operator needs signatures, or measured losses, and there are none.
+    """
+    if operator != "auto":
+        return _named(operator, pool, nearness, measured)
+    names = ["uniform"]
+    names += ["nearest", "mixture"] if nearness else []
+    names += ["least loss", "gibbs", "surrogate"] if measured else []
+    return [p for name in names for p in _named(name, pool, nearness, measured)]
+
+
+def _named(
+    operator: str, pool: Pool, nearness: Nearness | None, measured: Measured | None
+) -> list[Proposal]:
+    k = len(pool.records)
+    if operator == "uniform":
+        return [("uniform mean", np.full(k, 1.0 / k))]
+    if operator in ON_LOSSES:
+        if measured is None:
+            raise EdgeLoRAError(
+                f"the operator {operator} needs completions, and the dataset has none",
+                hint="Choose an operator on distances, such as --operator mixture.",
+            )
+        return ON_LOSSES[operator](pool, measured)
+    if nearness is None:
+        raise EdgeLoRAError(
+            f"the operator {operator} needs signatures, and no adapter of the bank has one",
+            hint="Add the datasets with `edgelora bank add --data`, or choose --operator gibbs.",
+        )
+    if operator == "mixture":
+        weights = mixture(nearness.target, pool.others)
+        return [(operator, pool.spread(pool.signed, weights))]
+    if operator == "neural":
+        return [(operator, _neural(pool, nearness))]
+    return [(operator, OPERATORS[operator](nearness.distances))]
+
+
+def _neural(pool: Pool, nearness: Nearness) -> Array:
+    """The bank's trained head, for the distance in use."""
+    path = pool.folder / FILE_NAME
+    heads = load_heads(path.read_bytes(), str(path)) if path.is_file() else {}
+    if nearness.distance not in heads:
+        raise EdgeLoRAError(
+            f"{path}: no neural head for the distance {nearness.distance}",
+            hint="Train one with scripts/train_neural.py, or choose another --operator.",
+        )
+    return neural(nearness.distances, head=heads[nearness.distance])
+
+
+def _least_loss(pool: Pool, measured: Measured) -> list[Proposal]:
+    best = int(measured.losses.argmin())
+    return [("least loss", pool.spread([measured.positions[best]], np.ones(1)))]
+
+
+def _loss_weighted(pool: Pool, measured: Measured) -> list[Proposal]:
+    weights = gibbs(measured.losses, temperature=_LOSS_TEMPERATURE)
+    return [("loss-weighted", pool.spread(measured.positions, weights))]
+
+
+def _surrogates(pool: Pool, measured: Measured) -> list[Proposal]:
+    start = gibbs(measured.losses, temperature=_LOSS_TEMPERATURE)
+    hidden = np.stack([states.hidden for states in measured.alone])
+    found = []
+    for penalty in PENALTIES:
+        fitted = surrogate.fit(
+            measured.base.hidden,
+            hidden,
+            measured.base.targets,
+            measured.head,
+            start=start,
+            penalty=penalty,
+        )
+        found.append((f"surrogate, penalty {penalty:g}", pool.spread(measured.positions, fitted)))
+    return found
+
+
+ON_LOSSES = {"least loss": _least_loss, "gibbs": _loss_weighted, "surrogate": _surrogates}

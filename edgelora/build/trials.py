@@ -1,0 +1,113 @@
+"""Real forward passes of candidates on a user's examples, within a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.adapters.merge import merge_adapters
+from edgelora.engine.context import Context
+from edgelora.engine.model import WeightedAdapter
+from edgelora.engine.score import Score, TokenisedExample, count_tokens, mean_loss, score
+from edgelora.operators.arbiter import Candidate
+
+Array = NDArray[np.float64]
+
+SCALES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+_NEGLIGIBLE = 0.01
+
+
+class Budget:
+    """Tokens that a build may compute, and those that it has."""
+
+    def __init__(self, n_tokens: int) -> None:
+        self.n_tokens = n_tokens
+        self.n_used = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be computed."""
+        return self.n_tokens - self.n_used
+
+    def take(self, n_tokens: int) -> bool:
+        """Reserve `n_tokens` if they are left."""
+        if n_tokens > self.left:
+            return False
+        self.n_used += n_tokens
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A candidate with the file that stands for it at scale 1.
+
+    `loss` is that on the support examples at the candidate's scale; NaN if it was not measured.
+    """
+
+    candidate: Candidate
+    path: Path
+    loss: float = float("nan")
+
+    def weighted(self) -> list[WeightedAdapter]:
+        """What a context applies to try it."""
+        return [WeightedAdapter(self.path, self.candidate.scale)]
+
+
+def make_trial(
+    name: str, coefficients: Array, paths: Sequence[Path], folder: Path
+) -> Trial:
+    """Combine adapters into a file of `folder`; a single adapter is its own file.
+
+    Coefficients below 1 % of the largest are dropped and the others rounded to 4 decimals, so
+    that float noise in what they were computed from does not change a byte of the result.
+    """
+    negligible = np.abs(coefficients) < _NEGLIGIBLE * np.abs(coefficients).max()
+    kept = np.where(negligible, 0.0, coefficients).astype(np.float64).round(4)
+    used = [int(i) for i in np.flatnonzero(kept)]
+    if len(used) == 1:
+        scale = float(kept[used[0]])
+        return Trial(Candidate(name, kept / scale, scale), paths[used[0]])
+    path = folder / f"{name.replace(' ', '-')}.gguf"
+    merge_adapters([paths[i] for i in used], [float(kept[i]) for i in used], path)
+    return Trial(Candidate(name, kept), path)
+
+
+def try_scales(
+    context: Context, trial: Trial, examples: Sequence[TokenisedExample], budget: Budget
+) -> Trial:
+    """Climb along SCALES from 1 to the least loss on `examples`; stops when the budget is spent."""
+    cost = count_tokens(examples)
+    losses: dict[int, float] = {}
+
+    def loss_at(i: int) -> float:
+        if not 0 <= i < len(SCALES):
+            return float("inf")
+        if i not in losses:
+            if not budget.take(cost):
+                return float("inf")
+            context.apply([WeightedAdapter(trial.path, trial.candidate.scale * SCALES[i])])
+            losses[i] = mean_loss(score(context, examples))
+        return losses[i]
+
+    best = SCALES.index(1.0)
+    loss_at(best)
+    for step in (1, -1):
+        while loss_at(best + step) < losses.get(best, float("inf")):
+            best += step
+        if best != SCALES.index(1.0):
+            break
+    candidate = trial.candidate
+    scaled = Candidate(candidate.name, candidate.coefficients, candidate.scale * SCALES[best])
+    return Trial(scaled, trial.path, losses.get(best, float("nan")))
+
+
+def score_trial(
+    context: Context, trial: Trial | None, examples: Sequence[TokenisedExample]
+) -> list[Score]:
+    """Scores of a trial, or of the base (None)."""
+    context.apply(trial.weighted() if trial else [])
+    return score(context, examples)
