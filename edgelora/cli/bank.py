@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from edgelora.bank import Bank, BankRecord, Facts, open_bank
 from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome, add_many
@@ -69,7 +67,7 @@ def add(
     globs = {"data_glob": data_glob, "card_glob": options.pop("card_glob")}
     outcomes = _add(folders, bank_path, base, {"data": data, "name": name, **globs}, **options)
     if as_json:
-        _print_json([{**vars(o), "folder": str(o.folder)} for o in outcomes])
+        console.show_json([{**vars(o), "folder": str(o.folder)} for o in outcomes])
     else:
         _show_outcomes(outcomes)
     raise SystemExit(int(any(outcome.status == REFUSED for outcome in outcomes)))
@@ -112,15 +110,17 @@ def _add(
 def _show_outcomes(outcomes: Sequence[Outcome]) -> None:
     for outcome in outcomes:
         for note in outcome.notes:
-            console.warn(escape(_clean(f"{outcome.folder}: {note}")))
+            console.warn(console.safe(f"{outcome.folder}: {note}"))
     for outcome in sorted(outcomes, key=lambda o: o.status == REFUSED):
-        _print(f"{outcome.status + ':':15}{outcome.name or outcome.folder}{_details(outcome)}")
+        console.show(
+            f"{outcome.status + ':':15}{outcome.name or outcome.folder}{_details(outcome)}"
+        )
         for line in outcome.reason.splitlines():
-            _print(f"    {line}")
+            console.show(f"    {line}")
     counts = [(s, sum(o.status == s for o in outcomes)) for s in (ADDED, SIGNED, ALREADY_THERE)]
     n_refused = sum(outcome.status == REFUSED for outcome in outcomes)
     said = [f"{n} {status}" for status, n in counts if n] + [f"{n_refused} refused"]
-    _print(", ".join(said))
+    console.show(", ".join(said))
     unsigned = [o.name for o in outcomes if o.name and not o.has_signature]
     if unsigned:
         console.warn(
@@ -144,19 +144,19 @@ def ls(bank_path: Path, as_json: bool, **_: Any) -> None:
     """List the adapters of a bank."""
     listing = open_bank(bank_path).listing()
     for warning in listing.warnings:
-        console.warn(escape(_clean(warning)))
+        console.warn(console.safe(warning))
     for file, reason in listing.damaged:
-        console.warn(escape(_clean(f"{file}: damaged: {reason}")))
+        console.warn(console.safe(f"{file}: damaged: {reason}"))
     if as_json:
         damaged = [{"file": file, "reason": reason} for file, reason in listing.damaged]
         records = [record.to_json() for record in listing.records]
-        _print_json({"bank": str(bank_path), "adapters": records, "damaged": damaged})
+        console.show_json({"bank": str(bank_path), "adapters": records, "damaged": damaged})
         return
     titles = ("name", "rank", "tensors", "type", "MB", "signature", "template", "source")
     rows = [titles, *(_cells(record) for record in listing.records)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:  # no rich table: it cuts names to fit 80 columns where a script reads them
-        _print("  ".join(map(str.ljust, row, widths)).rstrip())
+        console.show("  ".join(map(str.ljust, row, widths)).rstrip())
     n_unsigned = sum(not record.has_signature for record in listing.records)
     console.say(f"{len(listing.records)} adapters, {n_unsigned} without a signature")
 
@@ -183,7 +183,7 @@ def show(name: str, bank_path: Path, as_json: bool, **_: Any) -> None:
     """Print all that a bank knows of one adapter."""
     record = open_bank(bank_path).record(name)
     if as_json:
-        _print_json(record.to_json())
+        console.show_json(record.to_json())
         return
     facts = {
         "name": record.name,
@@ -202,7 +202,7 @@ def show(name: str, bank_path: Path, as_json: bool, **_: Any) -> None:
     }
     for key, value in facts.items():
         if value:
-            _print(f"{key:12} {value}")
+            console.show(f"{key:12} {value}")
 
 
 @command.command()
@@ -214,7 +214,7 @@ def rm(names: tuple[str, ...], bank_path: Path, **_: Any) -> None:
     bank = open_bank(bank_path)
     for name in names:
         bank.remove(name)
-        console.say(f"removed {escape(name)}")
+        console.say(f"removed {console.safe(name)}")
 
 
 @command.command()
@@ -234,11 +234,11 @@ def verify(bank_path: Path, base: str | None, as_json: bool, **_: Any) -> None:
     with console.progress("verifying", n_adapters) as advance:
         problems = checks.verify(bank, header, progress=advance)
     if as_json:
-        _print_json({"bank": str(bank_path), "n_adapters": n_adapters, "problems": problems})
+        console.show_json({"bank": str(bank_path), "n_adapters": n_adapters, "problems": problems})
     else:
         for problem in problems:
-            _print(f"- {problem}")
-        _print(f"{n_adapters} sound headers, {len(problems)} problems")
+            console.show(f"- {problem}")
+        console.show(f"{n_adapters} sound headers, {len(problems)} problems")
     raise SystemExit(int(bool(problems)))
 
 
@@ -249,7 +249,7 @@ def reindex(bank_path: Path, **_: Any) -> None:
     """Make the index anew from the adapters' files."""
     listing = open_bank(bank_path).reindex()
     for warning in (*listing.warnings, *(reason for _, reason in listing.damaged)):
-        console.warn(escape(_clean(warning)))
+        console.warn(console.safe(warning))
     console.say(f"indexed {len(listing.records)} adapters")
 
 
@@ -266,24 +266,9 @@ def export(name: str, bank_path: Path, base: str, output: Path, **_: Any) -> Non
 
     bank: Bank = open_bank(bank_path)
     bank.export(name, output, read_base(resolve(base)))
-    console.say(f"wrote {escape(str(output))}")
+    console.say(f"wrote {console.safe(str(output))}")
 
 
 def _ranks(record: BankRecord) -> str:
     low, high = record.ranks
     return str(low) if low == high else f"{low}-{high}"
-
-
-def _print(line: str) -> None:
-    console.out.print(_clean(line), markup=False, soft_wrap=True)
-
-
-def _print_json(value: object) -> None:
-    click.echo(json.dumps(value, indent=1))
-
-
-def _clean(text: str) -> str:
-    """Text of a file, without what a terminal would obey."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )

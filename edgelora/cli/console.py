@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -11,7 +12,15 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from edgelora.errors import EdgeLoRAError
 
@@ -35,6 +44,50 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[i
     with bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+def clean(text: str) -> str:
+    """Text of a file, without what a terminal would obey."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
+def safe(text: str) -> str:
+    """Text of a file, cleaned, that rich takes as it is: for `say`, `warn` and table cells."""
+    return escape(clean(text))
+
+
+def show(line: str) -> None:
+    """One line of a result on stdout, cleaned; never wrapped, for a script may read it."""
+    out.print(clean(line), markup=False, soft_wrap=True)
+
+
+def show_json(value: object) -> None:
+    """A result as JSON on stdout; what is not ASCII is escaped."""
+    click.echo(json.dumps(value, indent=1))
+
+
+@contextlib.contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each stage of a long job; yields a function (stage, steps done, steps in all)."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        disable=err.quiet,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def advance(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=total)
+        bar.update(tasks[stage], completed=done)
+
+    with bar:
+        yield advance
 
 
 def warn(message: str) -> None:
@@ -82,7 +135,7 @@ def with_exit_codes(command: Callable[..., Any], verbose: bool = False) -> Calla
                 err.print_exception()
             err.quiet = False
             err.print("[red]error:[/red]", end=" ")
-            err.print(str(error), markup=False, soft_wrap=True)
+            err.print(clean(str(error)), markup=False, soft_wrap=True)
             raise SystemExit(error.exit_code) from error
         except KeyboardInterrupt as error:
             err.quiet = False
