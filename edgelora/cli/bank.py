@@ -153,10 +153,7 @@ def ls(bank_path: Path, as_json: bool, **_: Any) -> None:
         console.show_json({"bank": str(bank_path), "adapters": records, "damaged": damaged})
         return
     titles = ("name", "rank", "tensors", "type", "MB", "signature", "template", "source")
-    rows = [titles, *(_cells(record) for record in listing.records)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:  # no rich table: it cuts names to fit 80 columns where a script reads them
-        console.show("  ".join(map(str.ljust, row, widths)).rstrip())
+    console.show_columns([titles, *(_cells(record) for record in listing.records)])
     n_unsigned = sum(not record.has_signature for record in listing.records)
     console.say(f"{len(listing.records)} adapters, {n_unsigned} without a signature")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import io
 import json
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -63,6 +66,19 @@ def show(line: str) -> None:
     out.print(clean(line), markup=False, soft_wrap=True)
 
 
+def show_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Lines whose cells stand below each other; columns in `right` are right-aligned.
+
+    Nothing is cut to the terminal's width, as rich's tables do: names stay whole.
+    """
+    cleaned = [[clean(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cleaned, strict=True)]
+    for row in cleaned:
+        cells = zip(row, widths, strict=True)
+        padded = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(cells))
+        show("  ".join(padded).rstrip())
+
+
 def show_json(value: object) -> None:
     """A result as JSON on stdout; what is not ASCII is escaped."""
     click.echo(json.dumps(value, indent=1))
@@ -112,6 +128,7 @@ def common_options(command: Command) -> Command:
     @functools.wraps(command)
     def wrapper(*args: Any, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
         err.quiet = quiet
+        _tolerate_narrow_encodings()
         logging.basicConfig(
             level=logging.DEBUG if verbose else logging.CRITICAL,
             format="%(message)s",
@@ -137,9 +154,24 @@ def with_exit_codes(command: Callable[..., Any], verbose: bool = False) -> Calla
             err.print("[red]error:[/red]", end=" ")
             err.print(clean(str(error)), markup=False, soft_wrap=True)
             raise SystemExit(error.exit_code) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `edgelora ... | head`: click ends quietly
+                raise
+            if verbose:
+                err.print_exception()
+            err.quiet = False
+            err.print("[red]error:[/red]", safe(str(error)), soft_wrap=True)
+            raise SystemExit(1) from error
         except KeyboardInterrupt as error:
             err.quiet = False
             err.print("interrupted; nothing half-written was left behind")
             raise SystemExit(130) from error
 
     return wrapper
+
+
+def _tolerate_narrow_encodings() -> None:
+    """A character that the terminal or a Windows pipe cannot encode becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

@@ -1,0 +1,177 @@
+"""`edgelora show`: how an adapter was made, as the file itself tells it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgelora.cli import console
+from edgelora.cli.options import json_option
+
+if TYPE_CHECKING:
+    from edgelora.adapters.gguf_lora import LoraFile
+
+_PROVENANCE = "edgelora.provenance"
+# What is printed of the provenance, in this order; the rest are lists with a form of their own.
+_TITLES = {
+    "operator": "operator",
+    "distance": "distance",
+    "method": "combined by",
+    "scale": "scale",
+    "error": "error",
+    "seed": "seed",
+    "budget_tokens": "budget",
+}
+
+
+@click.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@json_option
+@console.common_options
+def command(adapter: Path, as_json: bool, **_: Any) -> None:
+    """Print how an adapter was made: sources, coefficients, operator, error, template, base.
+
+    A GGUF LoRA of any tool will do, those of a bank among them; what it does not record is not
+    printed.
+    """
+    from edgelora.adapters.gguf_lora import open_lora
+
+    lora = open_lora(adapter)
+    provenance = _provenance(lora)
+    if as_json:
+        console.show_json(_as_json(lora, provenance))
+        return
+    for key, value in _facts(lora, provenance).items():
+        if value not in ("", None):
+            console.show(f"{key:12} {value}")
+    _show_sources(provenance)
+
+
+def _provenance(lora: LoraFile) -> dict[str, Any]:
+    """The file's own account, {} if it has none; a warning where it cannot be read."""
+    text = lora.metadata.get(_PROVENANCE)
+    if text is None:
+        return {}
+    try:
+        found = json.loads(str(text))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not _is_plain(found):
+        console.warn(console.safe(f"{lora.path}: its provenance cannot be read"))
+        return {}
+    return found
+
+
+def _facts(lora: LoraFile, provenance: Mapping[str, Any]) -> dict[str, object]:
+    own = {key.removeprefix("edgelora."): value for key, value in lora.metadata.items()}
+    gguf_name = lora.metadata.get("general.name")
+    facts: dict[str, object] = {
+        "name": own.get("name", gguf_name),
+        "file": f"{lora.path} ({lora.path.stat().st_size / 1e6:.1f} MB)",
+        "sha256": lora.sha256,
+        "rank": f"{_ranks(lora)}, on {len(lora.names)} tensors",
+        "base": _base(lora),
+        "template": own.get("template"),
+        "description": own.get("description"),
+        "source": own.get("source"),
+        "licence": own.get("licence"),
+        "made from": own.get("source_sha256"),
+        "made by": own.get("created_by"),
+    }
+    return facts | {
+        title: _short(provenance.get(key)) for key, title in _TITLES.items() if key in provenance
+    }
+
+
+def _short(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _base(lora: LoraFile) -> str:
+    parts = {
+        part: lora.metadata.get(f"edgelora.base.{part}")
+        for part in ("id", "shapes", "tokenizer", "norms")
+    }
+    if parts["id"] is None:
+        return f"{lora.architecture}; which model is not recorded"
+    hashes = ", ".join(f"{part} {parts[part]}" for part in ("shapes", "tokenizer", "norms"))
+    return f"{parts['id']} ({lora.architecture}, {hashes})"
+
+
+def _ranks(lora: LoraFile) -> str:
+    ranks = sorted({lora.rank(name) for name in lora.names})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def _show_sources(provenance: Mapping[str, Any]) -> None:
+    from edgelora.cli.charts import coefficients_chart
+
+    sources = _sources(provenance)
+    if not sources:
+        return
+    numbers = [_number(source.get("coefficient")) for source in sources]
+    if None in numbers:
+        console.show("coefficients: one for each tensor and source (--json has them all)")
+    else:
+        console.show("coefficients:")
+        known = [number for number in numbers if number is not None]
+        names = [str(source.get("name")) for source in sources]
+        console.out.print(coefficients_chart(names, known))
+    distances = provenance.get("distances")
+    rows = [("source", "distance", "sha256", "licence", "data")]
+    for source in sources:
+        name = str(source.get("name"))
+        distance = _number(distances.get(name)) if isinstance(distances, dict) else None
+        rows.append(
+            (
+                name,
+                "" if distance is None else f"{distance:.4g}",
+                str(source.get("sha256"))[:16],
+                str(source.get("licence") or "not recorded"),
+                str(source.get("source") or "not recorded"),
+            )
+        )
+    console.show_columns(rows, right=(1,))
+
+
+def _sources(provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = provenance.get("sources")
+    return [s for s in found if isinstance(s, dict)] if isinstance(found, list) else []
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:
+        return None
+
+
+def _is_plain(value: object, n_levels: int = 8) -> bool:
+    """Whether a JSON value is shallow and its numbers are finite, as ours are."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return n_levels > 0 and all(_is_plain(item, n_levels - 1) for item in inner)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _as_json(lora: LoraFile, provenance: Mapping[str, Any]) -> dict[str, object]:
+    ranks: Sequence[int] = [lora.rank(name) for name in lora.names]
+    metadata = {
+        key: value if _is_plain(value) else str(value)
+        for key, value in lora.metadata.items()
+        if key != _PROVENANCE
+    }
+    return {
+        "file": str(lora.path),
+        "sha256": lora.sha256,
+        "size_bytes": lora.path.stat().st_size,
+        "architecture": lora.architecture,
+        "tensors": dict(zip(lora.names, ranks, strict=True)),
+        "metadata": metadata,
+        "provenance": dict(provenance),
+    }
