@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 
 MINIMUM = (3, 11)
@@ -24,6 +25,9 @@ WHEELS = ROOT / "build" / "wheels"
 STAMP = ".edgelora-setup"
 ENGINE = "llama-cpp-python"
 CMAKE_ARGS = "-DLLAVA_BUILD=OFF"
+# GCC 12 and older think that ldtilecfg reads 8 of its 64 bytes, drop the stores of the others, and
+# llama.cpp's first product on AMX then dies. Without that optimisation the stores stay.
+AMX_CXXFLAGS = "-fno-dse"
 
 
 def main() -> None:
@@ -32,7 +36,8 @@ def main() -> None:
     if sys.version_info < MINIMUM:
         sys.exit(f"EdgeLoRA needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
     folder = ROOT / arguments.venv
-    stamp, wanted = folder / STAMP, _fingerprint(arguments.extras, arguments.first)
+    build = build_environment(os.environ, _cpu_flags())
+    stamp, wanted = folder / STAMP, _fingerprint(arguments.extras, arguments.first, build)
     if stamp.is_file() and stamp.read_text() == wanted:
         return
     stamp.unlink(missing_ok=True)
@@ -40,7 +45,8 @@ def main() -> None:
     python = _create(folder)
     if arguments.first:
         _pip(python, "install", *shlex.split(arguments.first))
-    _pip(python, "install", str(_engine_wheel(python)))
+    # By force: pip takes a wheel of the same version, however it was compiled, for the same.
+    _pip(python, "install", "--force-reinstall", "--no-deps", str(_engine_wheel(python, build)))
     _say(f"installing EdgeLoRA with the extras {arguments.extras} into {arguments.venv}")
     _pip(python, "install", "--editable", f"{ROOT}[{arguments.extras}]")
     stamp.write_text(wanted)
@@ -55,10 +61,27 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _fingerprint(extras: str, first: str) -> str:
+def _fingerprint(extras: str, first: str, build: dict[str, str]) -> str:
     project = (ROOT / "pyproject.toml").read_bytes()
-    parts = [project, extras.encode(), first.encode(), sys.version.encode(), str(ROOT).encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+    texts = [extras, first, sys.version, str(ROOT), *build.values()]
+    return hashlib.sha256(b"\0".join([project, *map(str.encode, texts)])).hexdigest()
+
+
+def build_environment(environment: Mapping[str, str], cpu_flags: str) -> dict[str, str]:
+    """What llama-cpp-python is compiled with: the user's own settings, and what AMX needs."""
+    cxxflags = environment.get("CXXFLAGS", "")
+    if "amx_tile" in cpu_flags.split():
+        cxxflags = f"{cxxflags} {AMX_CXXFLAGS}".strip()
+    return {"CMAKE_ARGS": environment.get("CMAKE_ARGS", CMAKE_ARGS), "CXXFLAGS": cxxflags}
+
+
+def _cpu_flags() -> str:
+    """The CPU's features as Linux names them; '' elsewhere, where llama.cpp has no AMX."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def _create(folder: Path) -> Path:
@@ -71,19 +94,24 @@ def _create(folder: Path) -> Path:
     return python
 
 
-def _engine_wheel(python: Path) -> Path:
+def _engine_wheel(python: Path, build: dict[str, str]) -> Path:
     """The wheel of llama-cpp-python: kept in build/wheels, so that it is compiled at most once."""
-    WHEELS.mkdir(parents=True, exist_ok=True)
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    folder = WHEELS / tag
+    settings = hashlib.sha256("\0".join(build.values()).encode()).hexdigest()[:8]
+    folder = WHEELS / f"cp{sys.version_info.major}{sys.version_info.minor}-{settings}"
+    folder.mkdir(parents=True, exist_ok=True)
     if not _wheels(folder):
         _say(
             f"fetching {ENGINE}. Where no wheel can be had it is compiled from source: "
             "about 7 minutes on 2 cores, once, without output until it is done"
         )
-        environment = {"CMAKE_ARGS": CMAKE_ARGS, **os.environ}
+        # pip's own cache does not know the flags with which a wheel was compiled.
+        fresh = ["--no-cache-dir"] if AMX_CXXFLAGS in build["CXXFLAGS"] else []
         started = time.monotonic()
-        _pip(python, "wheel", "--no-deps", "-w", str(folder), _requirement(), env=environment)
+        _pip(
+            python,
+            *("wheel", "--no-deps", *fresh, "-w", str(folder), _requirement()),
+            env={**os.environ, **build},
+        )
         _say(f"{ENGINE} is there after {time.monotonic() - started:.0f} s")
     return _wheels(folder)[-1]
 

@@ -87,5 +87,24 @@ def test_the_picture_holds_the_text(tmp_path: Path) -> None:
 def test_set_up_is_done_again_when_the_project_changes(tmp_path: Path) -> None:
     setup = load("setup")
     assert setup._requirement().startswith("llama-cpp-python>=")
-    same, other = setup._fingerprint("demo,dev", ""), setup._fingerprint("demo,dev", "torch")
-    assert same == setup._fingerprint("demo,dev", "") != other
+    plain, amx = (setup.build_environment({}, flags) for flags in ("", "avx2 amx_tile"))
+    made = {
+        setup._fingerprint(*arguments)
+        for arguments in (
+            ("demo,dev", "", plain),
+            ("demo,dev", "", dict(plain)),
+            ("demo,dev", "torch", plain),
+            ("demo,dev", "", amx),
+        )
+    }
+    assert len(made) == 3
+
+
+def test_what_amx_needs_is_added_to_the_users_flags() -> None:
+    setup = load("setup")
+    stock = {"CMAKE_ARGS": setup.CMAKE_ARGS, "CXXFLAGS": ""}
+    assert setup.build_environment({}, "flags: sse avx512f") == stock
+    own = {"CMAKE_ARGS": "-DGGML_BLAS=ON", "CXXFLAGS": "-g"}
+    assert setup.build_environment(own, "flags: amx_int8 amx_tile") == {
+        "CMAKE_ARGS": "-DGGML_BLAS=ON", "CXXFLAGS": "-g -fno-dse",
+    }  # fmt: skip
