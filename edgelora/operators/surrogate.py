@@ -79,7 +79,7 @@ def _losses_and_slopes(
     top = logits.max(axis=1, keepdims=True)
     np.exp(logits - top, out=logits)
     total = logits.sum(axis=1, keepdims=True, dtype=np.float64)
-    losses = np.log(total[:, 0]) + top[:, 0] - picked
+    losses = np.asarray(np.log(total[:, 0]) + top[:, 0] - picked, np.float64)
     logits /= total.astype(np.float32)
     logits[rows, targets] -= 1.0
-    return losses, logits @ head
+    return losses, np.asarray(logits @ head, np.float32)
