@@ -139,7 +139,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("edgelora", f"{report['edgelora']}, Python {report['python']}, {report['platform']}"),
         ("CPU", f"{cpu['model']}, {cpu['physical_cores']} cores, {cpu['logical_cores']} threads"),
         ("RAM", f"{_size(ram['total_bytes'])}, {_size(ram['available_bytes'])} available"),
-        *((f"llama.cpp {d}"[:12], " ".join(f)) for d, f in report["llama_cpp"].items()),
+        *(("llama.cpp", f"{d}: {' '.join(f)}") for d, f in report["llama_cpp"].items()),
         ("packages", versions),
         ("cache", report["folders"]["cache"]),
         ("models", report["folders"]["models"]),
