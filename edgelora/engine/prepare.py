@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgelora.datasets.read import Example
-from edgelora.datasets.template import Template, open_template
+from edgelora.datasets.template import Segment, Template, open_template
 from edgelora.engine.model import Model
 from edgelora.engine.score import TokenisedExample
+from edgelora.engine.tokens import Vocabulary
 
 
 def model_template(model: Model, override: str | None = None) -> Template:
@@ -38,9 +39,34 @@ def tokenise_examples(
 
 
 def _tokenise(model: Model, template: Template, example: Example) -> TokenisedExample:
-    prompt = model.vocabulary.tokenize_segments(template.render(example.messages))
+    rendered = template.render(example.messages)
+    prompt = model.vocabulary.tokenize_segments(rendered)
     completion: list[int] = []
     if example.completion is not None:
-        segments = template.completion_segments(example.messages, example.completion)
-        completion = model.vocabulary.tokenize_segments(segments, start=False)
+        answer = template.completion_segments(example.messages, example.completion)
+        completion = _continue(model.vocabulary, rendered, answer)
     return TokenisedExample(tuple(prompt), tuple(completion), example.line)
+
+
+def _continue(
+    vocabulary: Vocabulary, prompt: Sequence[Segment], answer: Sequence[Segment]
+) -> list[int]:
+    """Ids of the answer as the rest of one text: by itself, SentencePiece would begin it with a
+    space that the template did not write.
+
+    Where the last piece of the prompt and the first of the answer would become one token, the
+    answer follows a newline instead: the model has to begin it anew.
+    """
+    for before in (list(prompt), [Segment("\n", False)]):
+        ids = vocabulary.tokenize_segments(before, start=False)
+        whole = vocabulary.tokenize_segments(_joined(before, answer), start=False)
+        if whole[: len(ids)] == ids:
+            return whole[len(ids) :]
+    return vocabulary.tokenize_segments(answer, start=False)
+
+
+def _joined(first: Sequence[Segment], second: Sequence[Segment]) -> list[Segment]:
+    """Both, with the two plain texts where they meet as one."""
+    if not first or not second or first[-1].control or second[0].control:
+        return [*first, *second]
+    return [*first[:-1], Segment(first[-1].text + second[0].text, False), *second[1:]]
