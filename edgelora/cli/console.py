@@ -42,7 +42,7 @@ def progress(description: str, total: int | None = None) -> Iterator[Callable[[i
         TimeRemainingColumn(),
         console=err,
         transient=True,
-        disable=err.quiet,
+        disable=err.quiet or not err.is_terminal,
     )
     with bar:
         task = bar.add_task(description, total=total)
@@ -93,7 +93,7 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=err,
-        disable=err.quiet,
+        disable=err.quiet or not err.is_terminal,
     )
     tasks: dict[str, TaskID] = {}
 
