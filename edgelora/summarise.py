@@ -68,6 +68,13 @@ def summarise_examples(
     )
 
 
+def count_embedded_tokens(model: Model, examples: Sequence[Example]) -> int:
+    """Tokens that embedding all of `examples` computes where the cache holds none of them."""
+    prompts = {prompt_text(e) for e in examples}
+    completions = {e.completion for e in examples if e.completion is not None}
+    return sum(len(_embedded_ids(model, text)) for part in (prompts, completions) for text in part)
+
+
 def summarise_text(
     context: Context, description: str, *, cache: EmbeddingCache, seed: int = 0
 ) -> Signature:
@@ -96,6 +103,11 @@ def token_ids(model: Model, example: Example) -> list[int]:
     )
 
 
+def _embedded_ids(model: Model, text: str) -> tuple[int, ...]:
+    start = [model.vocabulary.bos] if model.vocabulary.adds_bos else []
+    return tuple(start + model.vocabulary.tokenize(text))
+
+
 def _embed_texts(
     context: Context,
     texts: Sequence[str],
@@ -103,9 +115,7 @@ def _embed_texts(
     progress: Callable[[int], None],
 ) -> NDArray[np.float32]:
     """Each distinct text once, from the cache where it is; stored chunk by chunk, so resumable."""
-    vocabulary = context.model.vocabulary
-    start = [vocabulary.bos] if vocabulary.adds_bos else []
-    distinct = {text: tuple(start + vocabulary.tokenize(text)) for text in texts}
+    distinct = {text: _embedded_ids(context.model, text) for text in texts}
     ids = list(distinct.values())
     # The file's size tells quantisations of one model apart: their embeddings differ a little.
     model_key = f"{context.model.base.identity.id}-{context.model.base.path.stat().st_size}"

@@ -24,7 +24,7 @@ from edgelora.operators.heads import OPERATORS, gibbs, neural
 from edgelora.operators.mixture import mixture
 from edgelora.operators.neural import FILE_NAME, load_heads
 from edgelora.signature import Signature
-from edgelora.summarise import summarise_examples
+from edgelora.summarise import DEFAULT_N_EMBEDDED, summarise_examples
 
 Array = NDArray[np.float64]
 Proposal = tuple[str, Array]
@@ -69,17 +69,27 @@ class Nearness:
 
 
 def find_nearness(
-    context: Context, pool: Pool, examples: Sequence[Example], distance: str, seed: int
+    context: Context,
+    pool: Pool,
+    examples: Sequence[Example],
+    distance: str,
+    seed: int,
+    *,
+    n_embedded: int = DEFAULT_N_EMBEDDED,
+    progress: Callable[[int], None] = lambda n_texts: None,
 ) -> Nearness | None:
     """Embed `examples` and measure; None if no adapter has a signature.
 
     Args:
         context: opened with `hidden=True`.
+        n_embedded, progress: see summarise.summarise_examples.
     """
     if not pool.signed:
         return None
     with open_cache() as cache:
-        target = summarise_examples(context, examples, cache=cache, seed=seed)
+        target = summarise_examples(
+            context, examples, cache=cache, n_embedded=n_embedded, seed=seed, progress=progress
+        )
     distances = pool.spread(pool.signed, measure(distance, target, pool.others, seed=seed))
     distances[[i for i in range(len(distances)) if i not in pool.signed]] = np.inf
     return Nearness(distance, target, distances)
@@ -150,12 +160,23 @@ def propose(
     Raises:
         EdgeLoRAError: the operator needs signatures, or measured losses, and there are none.
     """
-    if operator != "auto":
-        return _named(operator, pool, nearness, measured)
-    names = ["uniform"]
-    names += ["nearest", "mixture"] if nearness else []
-    names += ["least loss", "gibbs", "surrogate"] if measured else []
+    names = _expand(operator, nearness is not None, measured is not None)
     return [p for name in names for p in _named(name, pool, nearness, measured)]
+
+
+def count_proposals(operator: str, has_nearness: bool) -> int:
+    """How many candidates `propose` makes where losses are measured."""
+    names = _expand(operator, has_nearness, True)
+    return sum(len(PENALTIES) if name == "surrogate" else 1 for name in names)
+
+
+def _expand(operator: str, has_nearness: bool, is_measured: bool) -> list[str]:
+    """The operators that an operator's name stands for: several for auto."""
+    if operator != "auto":
+        return [operator]
+    names = ["uniform"]
+    names += ["nearest", "mixture"] if has_nearness else []
+    return names + (["least loss", "gibbs", "surrogate"] if is_measured else [])
 
 
 def _named(
@@ -174,7 +195,8 @@ def _named(
     if nearness is None:
         raise EdgeLoRAError(
             f"the operator {operator} needs signatures, and no adapter of the bank has one",
-            hint="Add the datasets with `edgelora bank add --data`, or choose --operator gibbs.",
+            hint="Add the datasets with `edgelora bank add --data`, or choose --operator "
+            f"{'gibbs' if measured else 'uniform'}.",
         )
     if operator == "mixture":
         weights = mixture(nearness.target, pool.others)

@@ -46,7 +46,7 @@ class Plan:
         n_measured: adapters whose loss is measured, of the `n_adapters` that fit the base.
         n_shown: support examples that each of them is measured on (the shortest).
         n_tokens: estimate of all tokens that the build computes.
-        tokens_per_s: speed of the base's own pass a moment ago.
+        tokens_per_s: speed of the base's own pass a moment ago; NaN where there is none.
     """
 
     n_support: int
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """The estimate converted."""
+        """The estimate converted; NaN where the speed is not known."""
         return self.n_tokens / self.tokens_per_s
 
 

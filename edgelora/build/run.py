@@ -6,72 +6,29 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from edgelora.adapters.merge import MergeReport, merge_adapters
+from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
-from edgelora.build.pool import Pool, find_warnings, open_pool
-from edgelora.build.proposals import (
-    PENALTIES,
-    Measured,
-    Nearness,
-    Proposal,
-    find_nearness,
-    losses_of,
-    measure_alone,
-    measure_base,
-    propose,
-    shortlist,
-)
-from edgelora.build.records import Built, Judgement, Listener, Options, Plan
+from edgelora.build.finish import applied, judge, write_trial
+from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unmeasured
+from edgelora.build.pool import find_warnings, open_pool
+from edgelora.build.proposals import OPERATOR_NAMES, Measured, Nearness, Proposal, propose
+from edgelora.build.records import Built, Judgement, Listener, Options
 from edgelora.build.trials import Budget, Trial, make_trial, score_trial, try_scales
+from edgelora.build.work import Work, reserve_comparisons, tokenise_parts
 from edgelora.datasets.records import Dataset
-from edgelora.datasets.split import Split, split_examples
+from edgelora.datasets.split import split_examples
 from edgelora.datasets.template import Template
 from edgelora.engine.context import Context, open_context
-from edgelora.engine.hidden import head_matrix
-from edgelora.engine.model import Model, WeightedAdapter
-from edgelora.engine.prepare import tokenise_examples
-from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, paired_interval, score
-from edgelora.errors import AlreadyExists, EdgeLoRAError, NoImprovement
+from edgelora.engine.model import Model
+from edgelora.engine.score import TokenisedExample, mean_loss
+from edgelora.errors import AlreadyExists, DatasetError, EdgeLoRAError, NoImprovement
 from edgelora.files import publish
 from edgelora.operators import arbiter
-
-_SHARE_FOR_ADAPTERS = 0.65
-_TRIES_A_CANDIDATE = 3
-_N_CANDIDATES = 5 + len(PENALTIES)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The tokenised parts of a dataset; `judged` is what the finished file is compared on."""
-
-    support: list[TokenisedExample]
-    selection: list[TokenisedExample]
-    judged: list[TokenisedExample]
-    part: str
-
-
-@dataclass
-class _Work:
-    """One build in progress."""
-
-    model: Model
-    template: Template
-    options: Options
-    listener: Listener
-    pool: Pool
-    out: Path
-    budget: Budget
-    warnings: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
-        self.listener.warn(message)
+from edgelora.operators.distances import DISTANCES
 
 
 def build(
@@ -93,143 +50,96 @@ def build(
         EdgeLoRAError: a budget too small for the comparisons, or an operator that lacks its input.
     """
     options, listener = options or Options(), listener or Listener()
+    _refuse_unknown(options)
+    if not dataset.examples:
+        raise DatasetError(f"{dataset.path}: no examples")
     if out.exists() and not options.force:
         raise AlreadyExists(f"{out} exists already", hint="Choose another name or add --force.")
     pool = open_pool(bank, model.base.identity, options.exclude)
-    work = _Work(
-        model, template, options, listener, pool, out, Budget(options.budget_tokens)
-    )
+    work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
     for message in find_warnings(pool, template.key):
         work.warn(message)
-    if dataset.examples[0].completion is None:
-        return _build_unmeasured(work, dataset)
-    return _build_measured(work, dataset)
+    if dataset.has_completions:
+        return _build_measured(work, dataset)
+    return _build_unmeasured(work, dataset)
 
 
-def _build_measured(work: _Work, dataset: Dataset) -> Built:
+def _refuse_unknown(options: Options) -> None:
+    for what, name, known in (
+        ("operator", options.operator, OPERATOR_NAMES),
+        ("distance", options.distance, tuple(DISTANCES)),
+    ):
+        if name not in known:
+            raise EdgeLoRAError(f"no {what} is named {name}", hint=f"One of {', '.join(known)}.")
+
+
+def _build_measured(work: Work, dataset: Dataset) -> Built:
     split = split_examples(dataset.examples, seed=work.options.seed)
-    parts = _tokenise(work, split)
-    _reserve(work, parts)
-    nearness, measured, shown = _measure(work, split, parts)
+    parts = tokenise_parts(work, split)
+    reserve_comparisons(work, parts)
+    nearness, measured, shown = measure_parts(work, split, parts)
     proposals = propose(work.pool, nearness, measured, work.options.operator)
     with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
-        with open_context(work.model) as context:
-            trials = _try(work, context, proposals, shown, Path(folder))
+        with open_context(work.model) as context, _trials(context) as trials:
+            _try(work, context, proposals, shown, Path(folder), trials)
             verdict, trial = _choose(work, context, trials, parts.selection)
             support_losses = {t.candidate.name: t.loss for t in trials}
             with publish(work.out, force=work.options.force) as temporary:
-                merge = _write(work, trial, nearness, temporary)
-                judgement = _judge(work, context, temporary, parts)
+                merge = write_trial(work, trial, nearness, temporary)
+                judgement = judge(work, context, temporary, parts)
     return _built(work, trial, nearness, measured, support_losses, verdict, judgement, merge)
 
 
-def _build_unmeasured(work: _Work, dataset: Dataset) -> Built:
+def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
     """Without completions: the operator's combination by distance alone, at scale 1."""
     work.warn("the dataset has no completions: losses cannot be measured, distances alone decide")
     operator = "mixture" if work.options.operator == "auto" else work.options.operator
     with open_context(work.model, hidden=True) as context:
-        nearness = find_nearness(
-            context, work.pool, dataset.examples, work.options.distance, work.options.seed
-        )
+        nearness = embed_and_compare(work, context, dataset.examples, 1.0)
+    work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
     ((name, coefficients),) = propose(work.pool, nearness, None, operator)
     with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
         trial = make_trial(name, coefficients, work.pool.paths, Path(folder))
         with publish(work.out, force=work.options.force) as temporary:
-            merge = _write(work, trial, nearness, temporary)
+            merge = write_trial(work, trial, nearness, temporary)
             with open_context(work.model) as context:
-                with _applied(context, temporary):
+                with applied(context, temporary):
                     pass  # loading it is the check: a file that llama.cpp refuses is not published
     return _built(work, trial, nearness, None, {}, None, None, merge)
 
 
-def _tokenise(work: _Work, split: Split) -> _Parts:
-    support, selection, untouched = (
-        tokenise_examples(work.model, work.template, part)
-        for part in (split.support, split.selection, split.untouched)
-    )
-    for message in work.template.warnings:
-        work.warn(message)
-    if split.optimistic:
-        return _Parts(support, selection, selection, "selection part, optimistic")
-    return _Parts(support, selection, untouched, "untouched")
-
-
-def _reserve(work: _Work, parts: _Parts) -> None:
-    """Set the tokens of the comparisons aside, so that no search can eat them."""
-    n_tokens = 2 * count_tokens(parts.judged)
-    n_tokens += (1 + _N_CANDIDATES) * count_tokens(parts.selection)
-    if not work.budget.take(n_tokens):
-        raise EdgeLoRAError(
-            f"a budget of {work.budget.n_tokens:,} tokens is less than the {n_tokens:,} that "
-            "comparing the candidates with the base takes",
-            hint="Give a larger --budget, or fewer or shorter examples.",
-        )
-
-
-def _measure(
-    work: _Work, split: Split, parts: _Parts
-) -> tuple[Nearness | None, Measured, list[TokenisedExample]]:
-    """Distances by embeddings, then the loss of each adapter alone on support examples."""
-    options, pool = work.options, work.pool
-    with open_context(work.model, hidden=True) as context:
-        work.listener.progress("embedding your examples", 0, 1)
-        nearness = find_nearness(context, pool, split.support, options.distance, options.seed)
-        work.listener.progress("embedding your examples", 1, 1)
-        work.budget.take(min(context.n_decoded, work.budget.left))
-        positions, shown = shortlist(
-            pool, parts.support, nearness, int(_SHARE_FOR_ADAPTERS * work.budget.left)
-        )
-        base, tokens_per_s = measure_base(context, shown)
-        work.budget.take((1 + len(positions)) * count_tokens(shown))
-        work.listener.plan(_plan(work, split, len(positions), shown, tokens_per_s))
-        alone = measure_alone(
-            context,
-            [pool.paths[i] for i in positions],
-            shown,
-            lambda done, total: work.listener.progress("measuring adapters", done, total),
-        )
-    head = head_matrix(work.model)
-    return nearness, Measured(positions, losses_of(alone, head), base, alone, head), shown
-
-
-def _plan(
-    work: _Work, split: Split, n_measured: int, shown: Sequence[TokenisedExample], speed: float
-) -> Plan:
-    tries = _N_CANDIDATES * _TRIES_A_CANDIDATE * count_tokens(shown)
-    return Plan(
-        n_support=len(split.support),
-        n_selection=len(split.selection),
-        n_untouched=len(split.untouched),
-        n_adapters=len(work.pool.records),
-        n_measured=n_measured,
-        n_shown=len(shown),
-        n_tokens=work.budget.n_used + min(tries, work.budget.left),
-        budget_tokens=work.budget.n_tokens,
-        tokens_per_s=speed,
-    )
+@contextmanager
+def _trials(context: Context) -> Iterator[list[Trial]]:
+    """A list for trials, whose adapters are unloaded at the end, whatever happens."""
+    trials: list[Trial] = []
+    try:
+        yield trials
+    finally:
+        context.apply([])
+        for trial in trials:
+            context.model.unload(trial.path)
 
 
 def _try(
-    work: _Work,
+    work: Work,
     context: Context,
     proposals: Sequence[Proposal],
     shown: Sequence[TokenisedExample],
     folder: Path,
-) -> list[Trial]:
-    """Each candidate as a file, at the scale that is best on the support examples."""
-    trials = []
+    trials: list[Trial],
+) -> None:
+    """Fill `trials`: each candidate as a file, at its best scale on the support examples."""
     for done, (name, coefficients) in enumerate(proposals):
         work.listener.progress("trying candidates", done, len(proposals))
-        trial = make_trial(name, coefficients, work.pool.paths, folder)
-        trials.append(try_scales(context, trial, shown, work.budget))
+        trials.append(make_trial(name, coefficients, work.pool.paths, folder))
+        trials[-1] = try_scales(context, trials[-1], shown, work.budget)
     work.listener.progress("trying candidates", len(proposals), len(proposals))
-    if any(np.isnan(trial.loss) for trial in trials):
+    if work.budget.was_short:
         work.warn("the budget was spent before every candidate's scale could be tried")
-    return trials
 
 
 def _choose(
-    work: _Work,
+    work: Work,
     context: Context,
     trials: Sequence[Trial],
     selection: Sequence[TokenisedExample],
@@ -240,7 +150,11 @@ def _choose(
         NoImprovement: the base is best and force is off.
     """
     base = score_trial(context, None, selection)
-    scores = [score_trial(context, trial, selection) for trial in trials]
+    scores = []
+    for done, trial in enumerate(trials):
+        work.listener.progress("comparing with the base", done, len(trials))
+        scores.append(score_trial(context, trial, selection))
+    work.listener.progress("comparing with the base", len(trials), len(trials))
     verdict = arbiter.choose(
         [trial.candidate for trial in trials],
         [[s.nll for s in row] for row in scores],
@@ -262,75 +176,8 @@ def _choose(
     return verdict, trials[best]
 
 
-def _write(work: _Work, trial: Trial, nearness: Nearness | None, path: Path) -> MergeReport:
-    options, pool = work.options, work.pool
-    used = np.flatnonzero(trial.candidate.coefficients)
-    coefficients = trial.candidate.coefficients[used] * trial.candidate.scale
-    provenance: dict[str, object] = {
-        "operator": trial.candidate.name,
-        "distance": options.distance if nearness else "",
-        "distances": {
-            pool.names[i]: round(float(nearness.distances[i]), 6)
-            for i in used
-            if nearness and np.isfinite(nearness.distances[i])
-        },
-        "seed": options.seed,
-        "budget_tokens": options.budget_tokens,
-    }
-    return merge_adapters(
-        [pool.paths[i] for i in used],
-        [float(c) for c in coefficients],
-        path,
-        method=options.combine,
-        rank=options.rank,
-        dtype=options.dtype,
-        metadata={"edgelora.template": work.template.key, "edgelora.name": work.out.stem},
-        provenance=provenance,
-    )
-
-
-def _judge(work: _Work, context: Context, finished: Path, parts: _Parts) -> Judgement:
-    """The finished file, loaded, against the base.
-
-    Raises:
-        NoImprovement: the base is better there and force is off.
-    """
-    context.apply([])
-    base = score(context, parts.judged)
-    with _applied(context, finished):
-        adapter = score(context, parts.judged)
-    judgement = Judgement(
-        parts.part,
-        len(parts.judged),
-        mean_loss(base),
-        mean_loss(adapter),
-        paired_interval(adapter, base, work.options.seed),
-    )
-    if judgement.adapter_loss < judgement.base_loss:
-        return judgement
-    message = (
-        f"the finished adapter is no better than the base on the {judgement.n_examples} examples "
-        f"({parts.part}): {judgement.adapter_loss:.4f} against {judgement.base_loss:.4f} nats"
-    )
-    if not work.options.force:
-        raise NoImprovement(message, hint="It was deleted. --force keeps it all the same.")
-    work.warn(message)
-    return judgement
-
-
-@contextmanager
-def _applied(context: Context, path: Path) -> Iterator[None]:
-    """Apply one file for the block, then let go of it, so that it can be renamed or deleted."""
-    context.apply([WeightedAdapter(path)])
-    try:
-        yield
-    finally:
-        context.apply([])
-        context.model.unload(path)
-
-
 def _built(
-    work: _Work,
+    work: Work,
     trial: Trial,
     nearness: Nearness | None,
     measured: Measured | None,

@@ -22,11 +22,16 @@ _NEGLIGIBLE = 0.01
 
 
 class Budget:
-    """Tokens that a build may compute, and those that it has."""
+    """Tokens that a build may compute, and those that it has.
+
+    Attributes:
+        was_short: whether something was asked for that was no longer left.
+    """
 
     def __init__(self, n_tokens: int) -> None:
         self.n_tokens = n_tokens
         self.n_used = 0
+        self.was_short = False
 
     @property
     def left(self) -> int:
@@ -36,6 +41,7 @@ class Budget:
     def take(self, n_tokens: int) -> bool:
         """Reserve `n_tokens` if they are left."""
         if n_tokens > self.left:
+            self.was_short = True
             return False
         self.n_used += n_tokens
         return True

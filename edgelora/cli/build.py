@@ -24,6 +24,7 @@ from edgelora.cli.options import (
 
 if TYPE_CHECKING:
     from edgelora.build import Built, Listener, Plan
+    from edgelora.operators.arbiter import Verdict
 
 _N_CHARTED = 15
 
@@ -106,6 +107,12 @@ def _listener() -> Iterator[Listener]:
 
 
 def _show_plan(plan: Plan) -> None:
+    if not plan.n_measured:
+        console.say(
+            f"plan: distances from {plan.n_support} examples to {plan.n_adapters} adapters; "
+            f"{plan.n_tokens:,} tokens at most"
+        )
+        return
     console.say(
         f"plan: {plan.n_support} examples to find coefficients (support), {plan.n_selection} to "
         f"choose (selection), {plan.n_untouched or 'none'} untouched; {plan.n_measured} of "
@@ -120,7 +127,8 @@ def _show_plan(plan: Plan) -> None:
 def _show(built: Built) -> None:
     from edgelora.cli.charts import coefficients_chart
 
-    console.out.print(_candidates(built))
+    if built.verdict is not None:
+        console.out.print(_candidates(built, built.verdict))
     console.out.print(f"written: {escape(built.chosen)}", style="bold")
     largest = sorted(built.coefficients.items(), key=lambda item: -abs(item[1]))
     shown = largest[:_N_CHARTED]
@@ -146,14 +154,12 @@ def _show(built: Built) -> None:
     )
 
 
-def _candidates(built: Built) -> Table:
+def _candidates(built: Built, verdict: Verdict) -> Table:
     table = Table("candidate", title="loss, nats a token", title_justify="left")
     for name in ("support", "selection"):
         table.add_column(name, justify="right")
-    if built.verdict is None:
-        return table
-    table.add_row("base", "", f"{built.verdict.base_loss:.3f}")
-    for row in built.verdict.table:
+    table.add_row("base", "", f"{verdict.base_loss:.3f}")
+    for row in verdict.table:
         mark = " <- written" if row.name == built.chosen else ""
         support = built.support_losses.get(row.name, math.nan)
         table.add_row(escape(row.name) + mark, f"{support:.3f}", f"{row.loss:.3f}")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import llama_cpp
@@ -86,7 +89,8 @@ class Context:
             EngineError: a row that llama.cpp would abort on, or a failed decode.
         """
         self._fill(rows)
-        code = llama_cpp.llama_decode(self.handle, self._batch)
+        with _interrupts_held() if self._capture else contextlib.nullcontext():
+            code = llama_cpp.llama_decode(self.handle, self._batch)
         if code != 0:
             raise EngineError(
                 f"llama_decode returned {code} for {len(rows)} tokens (context of {self.n_ctx})",
@@ -149,6 +153,23 @@ class _NodeCapture:
         self.rows = np.empty(size_bytes // 4, np.float32)
         ggml.ggml_backend_tensor_get(tensor, self.rows.ctypes.data, 0, size_bytes)
         return False
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back for the block: ctypes swallows what is raised inside a callback."""
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            previous(*held[0])
 
 
 @contextlib.contextmanager

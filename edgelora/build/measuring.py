@@ -1,0 +1,154 @@
+"""What a build learns before it proposes: distances to the bank, and the loss of each adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from edgelora.build.proposals import (
+    Measured,
+    Nearness,
+    count_proposals,
+    find_nearness,
+    losses_of,
+    measure_alone,
+    measure_base,
+    shortlist,
+)
+from edgelora.build.records import Plan
+from edgelora.build.work import Parts, Work
+from edgelora.datasets.records import Example
+from edgelora.datasets.split import Split
+from edgelora.engine.context import Context, open_context
+from edgelora.engine.hidden import head_matrix
+from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.summarise import DEFAULT_N_EMBEDDED, count_embedded_tokens, sample_examples
+
+_SHARE_FOR_EMBEDDING = 0.4
+_SHARE_FOR_ADAPTERS = 0.65
+_TRIES_A_CANDIDATE = 3
+_EMBEDDING = "embedding your examples"
+
+
+def measure_parts(
+    work: Work, split: Split, parts: Parts
+) -> tuple[Nearness | None, Measured, list[TokenisedExample]]:
+    """Distances by embeddings, then the loss of each adapter alone on support examples.
+
+    Returns:
+        The distances (None without any signature), the losses, and the examples shown.
+
+    Raises:
+        EdgeLoRAError: the budget is too small for one adapter.
+    """
+    pool = work.pool
+    with open_context(work.model, hidden=True) as context:
+        nearness = embed_and_compare(work, context, split.support, _SHARE_FOR_EMBEDDING)
+        share = int(_SHARE_FOR_ADAPTERS * work.budget.left)
+        positions, shown = shortlist(pool, parts.support, nearness, share)
+        work.spend(
+            (1 + len(positions)) * count_tokens(shown),
+            f"measuring {len(positions)} adapter(s) on {len(shown)} examples",
+        )
+        base, tokens_per_s = measure_base(context, shown)
+        work.listener.plan(_plan(work, split, len(positions), shown, tokens_per_s))
+        alone = measure_alone(
+            context,
+            [pool.paths[i] for i in positions],
+            shown,
+            lambda done, total: work.listener.progress("measuring adapters", done, total),
+        )
+    head = head_matrix(work.model)
+    return nearness, Measured(positions, losses_of(alone, head), base, alone, head), shown
+
+
+def embed_and_compare(
+    work: Work, context: Context, examples: Sequence[Example], share: float
+) -> Nearness | None:
+    """Distances from as many examples as `share` of the tokens left can embed.
+
+    What the cache holds is paid for too: else a second run would see more adapters than the
+    first, and write other bytes.
+
+    Args:
+        context: opened with `hidden=True`.
+
+    Raises:
+        EdgeLoRAError: not one example can be embedded.
+    """
+    if not work.pool.signed:
+        return None
+    n_wanted = min(len(examples), DEFAULT_N_EMBEDDED)
+    n, cost = _affordable(work, examples, n_wanted, int(share * work.budget.left))
+    work.spend(cost, f"embedding {n} example(s)")
+    if n < n_wanted:
+        work.warn(f"the budget allows to embed {n} examples of {n_wanted}: distances are coarser")
+    nearness = find_nearness(
+        context,
+        work.pool,
+        examples,
+        work.options.distance,
+        work.options.seed,
+        n_embedded=n,
+        progress=_counting(work, 2 * n),
+    )
+    work.listener.progress(_EMBEDDING, 2 * n, 2 * n)
+    return nearness
+
+
+def plan_unmeasured(work: Work, n_examples: int) -> Plan:
+    """The plan of a build that only embeds; its speed is not known."""
+    return Plan(
+        n_support=n_examples,
+        n_selection=0,
+        n_untouched=0,
+        n_adapters=len(work.pool.records),
+        n_measured=0,
+        n_shown=0,
+        n_tokens=work.budget.n_used,
+        budget_tokens=work.budget.n_tokens,
+        tokens_per_s=math.nan,
+    )
+
+
+def _affordable(
+    work: Work, examples: Sequence[Example], n_wanted: int, n_tokens: int
+) -> tuple[int, int]:
+    """The largest sample, at least 1, that `n_tokens` can embed, and what it takes."""
+    for n in range(n_wanted, 0, -1):
+        sample = sample_examples(examples, n, work.options.seed)
+        cost = count_embedded_tokens(work.model, sample)
+        if cost <= n_tokens:
+            break
+    return n, cost
+
+
+def _counting(work: Work, n_texts: int) -> Callable[[int], None]:
+    """Progress by the number of texts embedded in each step; those in the cache take none."""
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done = min(done + n, n_texts)
+        work.listener.progress(_EMBEDDING, done, n_texts)
+
+    advance(0)
+    return advance
+
+
+def _plan(
+    work: Work, split: Split, n_measured: int, shown: Sequence[TokenisedExample], speed: float
+) -> Plan:
+    n_candidates = count_proposals(work.options.operator, bool(work.pool.signed))
+    n_tries = n_candidates * _TRIES_A_CANDIDATE
+    return Plan(
+        n_support=len(split.support),
+        n_selection=len(split.selection),
+        n_untouched=len(split.untouched),
+        n_adapters=len(work.pool.records),
+        n_measured=n_measured,
+        n_shown=len(shown),
+        n_tokens=work.budget.n_used + min(n_tries * count_tokens(shown), work.budget.left),
+        budget_tokens=work.budget.n_tokens,
+        tokens_per_s=speed,
+    )

@@ -1,0 +1,88 @@
+"""One build in progress: its parts of the examples, its warnings, and the budget it keeps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgelora.build.pool import Pool
+from edgelora.build.proposals import count_proposals
+from edgelora.build.records import Listener, Options
+from edgelora.build.trials import Budget
+from edgelora.datasets.split import Split
+from edgelora.datasets.template import Template
+from edgelora.engine.model import Model
+from edgelora.engine.prepare import tokenise_examples
+from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.errors import EdgeLoRAError
+
+UNTOUCHED, OPTIMISTIC = "untouched", "selection part, optimistic"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tokenised parts of a dataset; `judged` is what the finished file is compared on."""
+
+    support: list[TokenisedExample]
+    selection: list[TokenisedExample]
+    judged: list[TokenisedExample]
+    part: str
+
+
+@dataclass
+class Work:
+    """What every step of one build needs."""
+
+    model: Model
+    template: Template
+    options: Options
+    listener: Listener
+    pool: Pool
+    out: Path
+    budget: Budget
+    warnings: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def warn(self, message: str) -> None:
+        """Keep a warning for the result, and say it now."""
+        self.warnings.append(message)
+        self.listener.warn(message)
+
+    def spend(self, n_tokens: int, what: str) -> None:
+        """Take tokens that the build cannot do without.
+
+        Raises:
+            EdgeLoRAError: they are not left.
+        """
+        if not self.budget.take(n_tokens):
+            raise EdgeLoRAError(
+                f"a budget of {self.budget.n_tokens:,} tokens is too small: {what} takes "
+                f"{n_tokens:,} and {self.budget.left:,} are left",
+                hint="Give a larger --budget, or fewer or shorter examples.",
+            )
+
+
+def tokenise_parts(work: Work, split: Split) -> Parts:
+    """Token ids of all parts; the template's warnings are passed on."""
+    support, selection, untouched = (
+        tokenise_examples(work.model, work.template, part)
+        for part in (split.support, split.selection, split.untouched)
+    )
+    for message in work.template.warnings:
+        work.warn(message)
+    if split.optimistic:
+        return Parts(support, selection, selection, OPTIMISTIC)
+    return Parts(support, selection, untouched, UNTOUCHED)
+
+
+def reserve_comparisons(work: Work, parts: Parts) -> None:
+    """Set the tokens of the comparisons aside, so that no search can eat them.
+
+    Raises:
+        EdgeLoRAError: the budget is smaller.
+    """
+    n_candidates = count_proposals(work.options.operator, bool(work.pool.signed))
+    n_tokens = 2 * count_tokens(parts.judged)
+    n_tokens += (1 + n_candidates) * count_tokens(parts.selection)
+    work.spend(n_tokens, f"comparing {n_candidates} candidate(s) with the base")
