@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from gguf import GGMLQuantizationType, GGUFWriter
+from measure_memory import watch
 from numpy.typing import NDArray
 
 from edgelora.adapters.base import read_base
@@ -144,28 +145,13 @@ def time_conversion(adapter: Path, base: Path, root: Path, repeats: int) -> list
 
 
 def peak_memory(command: list[object], *, quiet: bool = False) -> int:
-    """The highest anonymous memory of a child in bytes (see `anonymous`)."""
+    """The highest anonymous memory of a child in bytes."""
     output = subprocess.DEVNULL if quiet else None
     child = psutil.Popen([str(part) for part in command], stderr=output)
-    peak = 0
-    while child.poll() is None:
-        peak = max(peak, anonymous(child))
-        time.sleep(0.001)
+    peak = watch(child, interval_s=0.001)
     if child.returncode:
         raise SystemExit(f"the measured process failed: {command}")
     return peak
-
-
-def anonymous(process: psutil.Process) -> int:
-    """RssAnon on Linux, the resident size elsewhere."""
-    status = Path(f"/proc/{process.pid}/status")
-    try:
-        if status.exists():
-            lines = status.read_text().splitlines()
-            return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-        return int(process.memory_info().rss)
-    except (psutil.Error, OSError):
-        return 0  # it has just ended
 
 
 def compare(

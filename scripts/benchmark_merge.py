@@ -4,7 +4,7 @@
 
 The adapters are made in FOLDER first, if they are not there. For comparison one tensor is merged as
 PEFT's `svd` does it, by a full SVD of the dense update. Peak memory is RssAnon of /proc, sampled
-every 5 ms; where there is no /proc, psutil's USS.
+every 5 ms; where there is no /proc, the resident size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 from make_shape import SHAPES, write_gguf_lora
+from measure_memory import anonymous
 
 from edgelora.adapters.combine import combine
 from edgelora.adapters.gguf_lora import open_lora
@@ -32,25 +33,16 @@ MAX_ANONYMOUS_MB = 400.0
 COMPARED = "blk.0.attn_k.weight"
 
 
-def anonymous_mb() -> float:
-    """Anonymous resident memory of this process."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) / 1024
-    return float(psutil.Process().memory_full_info().uss) / (1 << 20)
-
-
 @contextmanager
 def watched_memory() -> Iterator[list[float]]:
     """A list whose first entry is the peak once the block has ended."""
-    peak = [anonymous_mb()]
+    process = psutil.Process()
+    peak = [anonymous(process) / 1e6]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            peak[0] = max(peak[0], anonymous_mb())
+            peak[0] = max(peak[0], anonymous(process) / 1e6)
 
     thread = threading.Thread(target=watch)
     thread.start()
