@@ -129,4 +129,4 @@ def _embed_texts(
             stored[i] = vector
         progress(len(part))
     by_text = dict(zip(distinct, stored, strict=True))
-    return np.stack([by_text[text] for text in texts])  # type: ignore[arg-type]
+    return np.array([by_text[text] for text in texts], np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def open_embedder(base: Path, *, n_threads: int = 0, seed: int = 0) -> Iterator[Embed]:
+def open_embedder(
+    base: Path,
+    *,
+    n_threads: int = 0,
+    seed: int = 0,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Iterator[Embed]:
     """Yield a function from a dataset, or a description, to its signature by this base.
 
-    Adding adapters that all have a signature never loads the base.
+    Adding adapters that all have a signature never loads the base; `warn` is told what the engine
+    has to say of how it was opened.
 
     Raises (when the function is called):
         EngineError: llama.cpp refused the base.
@@ -37,6 +44,8 @@ def open_embedder(base: Path, *, n_threads: int = 0, seed: int = 0) -> Iterator[
         @functools.cache
         def engine() -> tuple[Context, EmbeddingCache]:
             model = stack.enter_context(open_model(base, ModelOptions(n_threads=n_threads)))
+            for warning in model.warnings:
+                warn(warning)
             context = stack.enter_context(open_context(model, hidden=True))
             return context, stack.enter_context(open_cache())
 

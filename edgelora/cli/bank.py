@@ -99,7 +99,12 @@ def _add(
     bank = open_bank(bank_path, create=True)
     read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
     with (
-        open_embedder(base.path, n_threads=threads, seed=seed) as embed,
+        open_embedder(
+            base.path,
+            n_threads=threads,
+            seed=seed,
+            warn=lambda text: console.warn(console.safe(text)),
+        ) as embed,
         console.progress("adding adapters", len(requests)) as advance,
     ):
         return refused + add_many(

@@ -101,6 +101,8 @@ def open_engine(base: str | Path, threads: int, low_ram: bool) -> Iterator[Model
     from edgelora.engine.model import ModelOptions, open_model
 
     with open_model(resolve(base), ModelOptions(n_threads=threads, low_ram=low_ram)) as model:
+        for warning in model.warnings:
+            console.warn(console.safe(warning))
         yield model
 
 

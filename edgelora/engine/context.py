@@ -1,4 +1,4 @@
-"""A llama.cpp context: batches of tokens in, logits or hidden states out, one adapter set at a time."""
+"""A llama.cpp context: batches of tokens in, logits or hidden states out, one adapter set each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Context:
     def __init__(self, model: Model, handle: Any, capture: _NodeCapture | None) -> None:
         self.model = model
         self.handle = handle
-        self.n_ctx: int = llama_cpp.llama_n_ctx(handle)
+        # llama.cpp rounds up to 256 cells; GPT-2 has no positions beyond those it was trained with.
+        self.n_ctx: int = min(llama_cpp.llama_n_ctx(handle), model.n_ctx_train)
         self.n_batch: int = llama_cpp.llama_n_batch(handle)
         self.n_sequences: int = llama_cpp.llama_n_seq_max(handle)
         self.n_decoded = 0
@@ -56,11 +57,13 @@ class Context:
             llama_cpp.llama_batch_free(self._batch)
             llama_cpp.llama_free(self.handle)
             self.handle = None
+            self.model.in_use.pop(id(self), None)
 
     def apply(self, adapters: Sequence[WeightedAdapter]) -> None:
         """Make exactly these adapters active; the KV cache is cleared, it belonged to others."""
         active = resolve_weights(adapters)
         handles = [self.model.adapter(adapter.path) for adapter in active]
+        self.model.in_use[id(self)] = frozenset(map(native.address, handles))
         pointers = (llama_cpp.llama_adapter_lora_p_ctypes * max(1, len(active)))(*handles)
         scales = (ctypes.c_float * max(1, len(active)))(*(a.weight for a in active))
         code = llama_cpp.llama_set_adapters_lora(self.handle, pointers, len(active), scales)
@@ -139,7 +142,6 @@ class _NodeCapture:
 
     def __init__(self) -> None:
         self.rows: NDArray[np.float32] | None = None
-        self.error: str = ""
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
 
     def _on_node(self, tensor: int, ask: bool, _user_data: int) -> bool:
@@ -195,7 +197,7 @@ def open_context(
     parameters.n_ctx = min(n_ctx, model.n_ctx_train)
     parameters.n_batch = parameters.n_ubatch = min(n_batch, parameters.n_ctx)
     parameters.n_outputs_max = parameters.n_outputs_max_per_seq = parameters.n_batch
-    parameters.n_seq_max = min(n_sequences, 256)
+    parameters.n_seq_max = min(n_sequences, 256, parameters.n_batch)
     parameters.kv_unified = True
     parameters.n_threads = parameters.n_threads_batch = model.options.threads()
     parameters.no_perf = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,7 @@ from edgelora.engine.context import Context, Row
 WINDOW = 512
 
 
-def embed(
-    context: Context,
-    texts: Sequence[Sequence[int]],
-    *,
-    progress: Callable[[int], None] = lambda n_texts: None,
-) -> NDArray[np.float32]:
+def embed(context: Context, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
     """Embed token sequences: the mean of the last norm's output over all their tokens.
 
     A text longer than `WINDOW` tokens is embedded window by window, each from position 0, and the
@@ -50,8 +45,7 @@ def embed(
         for owner, ids in batch:
             sums[owner] += hidden[start : start + len(ids)].sum(axis=0, dtype=np.float64)
             start += len(ids)
-        progress(len(batch))
-    return (sums / counts[:, None]).astype(np.float32)
+    return np.asarray(sums / counts[:, None], np.float32)
 
 
 def _pack(

@@ -30,8 +30,10 @@ def stream(
     """Yield the answer to `prompt` as it is made; a character is never split.
 
     Raises:
-        EngineError: the prompt and `max_tokens` do not fit the context.
+        EngineError: the prompt and `max_tokens` do not fit the context, or it is empty.
     """
+    if not prompt:
+        raise EngineError("an empty prompt has no answer")
     if len(prompt) + max_tokens > context.n_ctx:
         raise EngineError(
             f"a prompt of {len(prompt)} tokens and an answer of {max_tokens} do not fit "
@@ -50,9 +52,11 @@ def stream(
             token = llama_cpp.llama_sampler_sample(sampler, context.handle, -1)
             if context.model.vocabulary.is_end(token):
                 break
-            yield decoder.decode(context.model.vocabulary.decode([token]))
+            if text := decoder.decode(context.model.vocabulary.decode([token])):
+                yield text
             context.decode([Row(token, position, 0, output=True)])
-    yield decoder.decode(b"", final=True)
+    if text := decoder.decode(b"", final=True):
+        yield text
 
 
 @contextlib.contextmanager

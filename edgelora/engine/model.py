@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,9 @@ import psutil
 
 from edgelora.adapters import gguf_lora
 from edgelora.adapters.base import Base, read_base
-from edgelora.engine import native
+from edgelora.engine import amx, native
 from edgelora.engine.tokens import Vocabulary
-from edgelora.errors import EngineError, IncompatibleAdapter
+from edgelora.errors import EngineError, IncompatibleAdapter, NotFound
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,24 @@ class ModelOptions:
 
 
 class Model:
-    """An open base. A context manager; adapters are loaded once and freed with it."""
+    """An open base. A context manager; adapters are loaded once and freed with it.
 
-    def __init__(self, base: Base, handle: Any, options: ModelOptions) -> None:
+    Attributes:
+        warnings: what the user should know of how it was opened.
+    """
+
+    def __init__(
+        self, base: Base, handle: Any, options: ModelOptions, warnings: tuple[str, ...] = ()
+    ) -> None:
         self.base = base
         self.options = options
+        self.warnings = warnings
         self.handle = handle
         self.vocabulary = Vocabulary(handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(handle)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(handle)
-        self._adapters: dict[Path, Any] = {}
+        self.in_use: dict[int, frozenset[int]] = {}
+        self._adapters: dict[tuple[Path, int, int], Any] = {}
 
     def __enter__(self) -> Model:
         return self
@@ -64,7 +74,8 @@ class Model:
 
     def close(self) -> None:
         """Free the adapters and the base; contexts must be closed before."""
-        for path in list(self._adapters):
+        self.in_use.clear()
+        for path, _, _ in list(self._adapters):
             self.unload(path)
         if self.handle is not None:
             llama_cpp.llama_model_free(self.handle)
@@ -73,31 +84,45 @@ class Model:
     def adapter(self, path: Path) -> Any:
         """The native handle of an adapter file, checked against this base and loaded once.
 
+        A file that has changed since is loaded anew; the old one stays until `unload`, for a
+        context may have it applied.
+
         Raises:
             InvalidFile: not a sound GGUF LoRA.
             IncompatibleAdapter: made for another base, or names and shapes do not fit.
         """
         path = path.resolve()
-        if path not in self._adapters:
+        if not path.is_file():
+            raise NotFound(f"{path}: no such adapter file")
+        key = (path, path.stat().st_size, path.stat().st_mtime_ns)
+        if key not in self._adapters:
             lora = gguf_lora.open_lora(path)
             problems = gguf_lora.check(lora, self.base) or gguf_lora.find_nonfinite(lora)
             if problems:
                 raise IncompatibleAdapter(
                     f"{path}: does not fit {self.base.path.name}", problems=problems
                 )
-            handle = llama_cpp.llama_adapter_lora_init(self.handle, str(path).encode())
+            handle = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
             if not handle:
                 raise EngineError(
                     f"{path}: llama.cpp refused the adapter", problems=native.recent_log()
                 )
-            self._adapters[path] = handle
-        return self._adapters[path]
+            self._adapters[key] = handle
+        return self._adapters[key]
 
     def unload(self, path: Path) -> None:
-        """Free one adapter; no context may have it applied."""
-        handle = self._adapters.pop(path.resolve(), None)
-        if handle is not None:
-            llama_cpp.llama_adapter_lora_free(handle)
+        """Free one adapter, in every version of the file that was loaded.
+
+        Raises:
+            EngineError: a context has it applied.
+        """
+        path = path.resolve()
+        keys = [key for key in self._adapters if key[0] == path]
+        applied = frozenset[int]().union(*self.in_use.values())
+        if any(native.address(self._adapters[key]) in applied for key in keys):
+            raise EngineError(f"{path}: a context has this adapter applied")
+        for key in keys:
+            llama_cpp.llama_adapter_lora_free(self._adapters.pop(key))
 
     @functools.cached_property
     def control_tokens(self) -> frozenset[str]:
@@ -119,11 +144,12 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
-    parameters.use_extra_bufts = not options.low_ram
-    handle = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    warning = "" if options.low_ram else amx.warning()
+    parameters.use_extra_bufts = not options.low_ram and not warning
+    handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
     if not handle:
         raise EngineError(f"{path}: llama.cpp refused the model", problems=native.recent_log())
-    model = Model(base, handle, options)
+    model = Model(base, handle, options, (warning,) if warning else ())
     try:
         yield model
     finally:
@@ -131,5 +157,17 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
 
 
 def resolve_weights(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
-    """Adapters with weight 0 left out: applying them costs time and changes nothing."""
-    return [adapter for adapter in adapters if adapter.weight != 0.0]
+    """One entry for each file, weights summed: llama.cpp drops the second of two without a word.
+
+    Weight 0 is left out: applying such an adapter costs time and changes nothing.
+
+    Raises:
+        EngineError: a weight that is not finite.
+    """
+    weights: dict[Path, float] = {}
+    for adapter in adapters:
+        path = adapter.path.resolve()
+        weights[path] = weights.get(path, 0.0) + adapter.weight
+    if not all(map(math.isfinite, weights.values())):
+        raise EngineError("weights of adapters must be finite numbers")
+    return [WeightedAdapter(path, weight) for path, weight in weights.items() if weight != 0.0]

@@ -6,6 +6,7 @@ import collections
 import ctypes
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -15,21 +16,41 @@ from llama_cpp._ctypes_extensions import load_shared_library
 logger = logging.getLogger("edgelora.llama_cpp")
 logger.addHandler(logging.NullHandler())
 _recent: collections.deque[str] = collections.deque(maxlen=40)
-_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+# ggml's debug lines (one for each tensor and graph input) stay below what -v shows.
+_LOG_LEVELS = {1: 5, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 
 
-@llama_cpp.llama_log_callback
-def _keep_log(level: int, text: bytes, _user_data: ctypes.c_void_p) -> None:
-    line = text.decode("utf-8", "replace").rstrip()
-    if line and line != ".":
+# Said of every tensor of every adapter where the base's weights are repacked, and harmless.
+_ONCE = "cannot use buft"
+_said: set[str] = set()
+
+
+def keep_line(level: int, line: str) -> None:
+    """Remember and log one line of llama.cpp; its warnings for each tensor are told once."""
+    if _ONCE in line:
+        if _ONCE in _said:
+            return
+        _said.add(_ONCE)
+        level, line = 2, f"{line} (and so for other tensors)"
+    line = line.lstrip(".")  # dots are llama.cpp's progress bar
+    if not line:
+        return
+    if level > 1:
         _recent.append(line)
-        logger.log(_LOG_LEVELS.get(level, logging.DEBUG), line)
+    logger.log(_LOG_LEVELS.get(level, logging.DEBUG), line)
+
+
+def _keep_log(level: int, text: bytes, _user_data: object) -> None:
+    keep_line(level, text.decode("utf-8", "replace").rstrip())
+
+
+_log_callback = llama_cpp.llama_log_callback(_keep_log)
 
 
 @functools.cache
 def start() -> None:
     """Initialise llama.cpp once for this process and take over its log."""
-    llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
 
 
@@ -61,3 +82,18 @@ def system_info() -> str:
     start()
     text: bytes = llama_cpp.llama_print_system_info()
     return text.decode()
+
+
+def address(handle: Any) -> int:
+    """A native pointer as a number: ctypes' own objects are not hashable."""
+    return int(ctypes.cast(handle, ctypes.c_void_p).value or 0)
+
+
+def cpu_libraries() -> list[Path]:
+    """The files of llama.cpp's CPU kernels."""
+    return sorted(Path(_ggml.libggml_base_path).glob("*ggml-cpu*"))
+
+
+def version() -> str:
+    """The version of llama-cpp-python."""
+    return str(llama_cpp.__version__)

@@ -118,7 +118,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """Length of the prefix common to all prompts, less than the shortest; 0 when not worth it."""
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
     limit = min(len(prompt) for prompt in prompts) - 1
     n = 0
     while n < limit and first[n] == last[n]:
@@ -129,7 +129,9 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 def count_tokens(examples: Sequence[TokenisedExample]) -> int:
     """Tokens that `score` computes for these examples, the shared prefix counted once."""
     n_shared = shared_prefix([example.prompt for example in examples])
-    return n_shared + sum(e.n_tokens - 1 - n_shared for e in examples)
+    return n_shared + sum(
+        len(e.prompt) + max(0, len(e.completion) - 1) - n_shared for e in examples
+    )
 
 
 def _score_group(
@@ -145,6 +147,8 @@ def _score_group(
     first = np.full(len(group), -1)
     position = 0
     for logits in _decode_all(context, rows):
+        if not len(logits):  # a batch of prompt tokens only
+            continue
         here = targets[position : position + len(logits)]
         log_p = log_likelihoods(logits, np.array([token for _, token in here]))
         for offset, (sequence, token) in enumerate(here):
@@ -232,8 +236,9 @@ def refuse_overlong(
     problems = [
         f"line {example.line}: {_cells(example, max_answer)} tokens"
         for example in examples
-        if _cells(example, max_answer) > context.n_ctx or not example.prompt
+        if _cells(example, max_answer) > context.n_ctx
     ]
+    problems += [f"line {e.line}: an empty prompt" for e in examples if not e.prompt]
     if problems:
         raise EngineError(
             f"examples that do not fit a context of {context.n_ctx} tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ import llama_cpp
 from edgelora.datasets.template import Segment
 from edgelora.errors import EngineError
 
-_CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_SPACES = " \t\n\v\f\r"  # what C's isspace, which llama.cpp asks, takes for white space
+_CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
+_UNKNOWN = llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_SPECIAL = _CONTROL | _UNKNOWN | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 _LSTRIP = llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP
 _RSTRIP = llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
 
@@ -23,18 +27,37 @@ class Vocabulary:
     def __init__(self, model: Any) -> None:
         self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.n_tokens: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.bos: int = llama_cpp.llama_vocab_bos(self._vocab)
-        self.eos: int = llama_cpp.llama_vocab_eos(self._vocab)
         self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self.eos = self._known(llama_cpp.llama_vocab_eos(self._vocab))
+        self.bos = self._known(llama_cpp.llama_vocab_bos(self._vocab))
+        # For a file that names no BOS llama.cpp says 11, which is a comma in Qwen's vocabulary.
+        if self.bos >= 0 and not self.adds_bos and not self._attribute(self.bos) & _SPECIAL:
+            self.bos = -1
 
     @functools.cached_property
     def control_ids(self) -> dict[str, int]:
-        """The text of every control token, and its id."""
-        ids = {}
+        """The text of every control token, and its id; BOS and EOS are, whatever their type."""
+        ids = {self.text_of(token): token for token in (self.bos, self.eos)}
         for token in range(self.n_tokens):
-            if llama_cpp.llama_vocab_get_attr(self._vocab, token) & _CONTROL:
+            if self._attribute(token) & (_CONTROL | _UNKNOWN):
                 ids[self.text_of(token)] = token
+        ids.pop("", None)
         return ids
+
+    @functools.cached_property
+    def _control_set(self) -> frozenset[int]:
+        return frozenset(
+            token
+            for text, token in self.control_ids.items()
+            if len(text) > 1 and not self._attribute(token) & _UNKNOWN
+        )
+
+    @functools.cached_property
+    def _inside_control(self) -> re.Pattern[str]:
+        """Matches after the first character of a control string."""
+        texts = [text for text in self.control_ids if len(text) > 1]
+        inside = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts)
+        return re.compile("|".join(inside) or "(?!)")
 
     def text_of(self, token: int) -> str:
         """The vocabulary's own text of one token (control tokens included); '' for none (-1)."""
@@ -48,7 +71,26 @@ class Vocabulary:
         return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of one plain text; control strings in it stay text, no BOS is added."""
+        """Token ids of one plain text; control strings in it stay text, no BOS is added.
+
+        llama.cpp itself may make a control token of plain text: SentencePiece's merges look at no
+        types, and BOS or EOS may be of another type than control. Such a string is cut in two.
+
+        Raises:
+            EngineError: a vocabulary in which this text cannot be told from a control token.
+        """
+        ids = self._tokenize(text)
+        if self._control_set.isdisjoint(ids):
+            return ids
+        ids = [i for piece in self._inside_control.split(text) for i in self._tokenize(piece)]
+        if not self._control_set.isdisjoint(ids):
+            raise EngineError(
+                "a text that this vocabulary cannot tell from a control token",
+                problems=[repr(text[:80])],
+            )
+        return ids
+
+    def _tokenize(self, text: str) -> list[int]:
         data = text.encode("utf-8", "surrogatepass")
         room = len(data) + 8
         buffer = (ctypes.c_int32 * room)()
@@ -91,15 +133,18 @@ class Vocabulary:
         """The text as llama.cpp sees it beside control tokens that swallow white space."""
         text = segments[position].text
         if position and self._attributes(segments[position - 1]) & _RSTRIP:
-            text = text.lstrip()
+            text = text.lstrip(_SPACES)
         if position + 1 < len(segments) and self._attributes(segments[position + 1]) & _LSTRIP:
-            text = text.rstrip()
+            text = text.rstrip(_SPACES)
         return text
 
     def _attributes(self, segment: Segment) -> int:
         if not segment.control:
             return 0
-        attributes: int = llama_cpp.llama_vocab_get_attr(
-            self._vocab, self.control_ids[segment.text]
-        )
-        return attributes
+        return self._attribute(self.control_ids[segment.text])
+
+    def _known(self, token: int) -> int:
+        return token if 0 <= token < self.n_tokens else -1
+
+    def _attribute(self, token: int) -> int:
+        return int(llama_cpp.llama_vocab_get_attr(self._vocab, token))
