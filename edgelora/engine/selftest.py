@@ -7,7 +7,6 @@ Exit status 0: the kernels work. A signal: this build of llama.cpp is broken on 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -72,4 +71,4 @@ def _logits_are_finite(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

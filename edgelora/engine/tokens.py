@@ -118,7 +118,7 @@ class Vocabulary:
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """The UTF-8 bytes of token ids; control tokens give nothing, a character may be partial."""
-        return b"".join(self._piece(token) for token in ids)
+        return b"".join(self._piece(token) for token in ids if token not in self._control_set)
 
     def _piece(self, token: int) -> bytes:
         size = 64
