@@ -7,51 +7,84 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pico
 
 from edgelora.adapters.base import read_base
 from edgelora.bank import Facts, open_bank
 from edgelora.bank.adding import Request, add_many
 from edgelora.bank.embedding import open_embedder
-from edgelora.datasets.records import Message
+from edgelora.datasets.records import Example, Message
+from edgelora.datasets.split import split_examples
 from edgelora.engine.context import open_context
-from edgelora.engine.generate import stream
 from edgelora.engine.model import Model, ModelOptions, WeightedAdapter, open_model
-from edgelora.engine.prepare import model_template
+from edgelora.engine.prepare import model_template, tokenise_examples
+from edgelora.engine.score import score
 
 ONE_THREAD = ModelOptions(n_threads=1)
 N_ADAPTERS = 4
 HELPER = "adapter1"
+_ANSWERS = ("yes", "no", "he is", "with them", "7", "from this", "at it", "for you", "K", "that")
 _SUBJECTS = "the cat|a dog|this man|that bird|his word|the boat|her hat|a tree".split("|")
 _PLACES = "in the house|on the hill|with them|from this|at the end|for you".split("|")
 
 
 @dataclass(frozen=True)
 class World:
-    """Paths of a base and a bank for it, and of datasets that are answered in several ways."""
+    """Paths of a base and a bank for it, and of datasets of 32 lines.
+
+    Attributes:
+        helped: every answer is one that HELPER makes likelier.
+        hopeless: so it is in the support part, but where candidates are compared adapters hurt.
+        deceptive: adapters hurt in the untouched part only.
+    """
 
     base: Path
     bank: Path
     helped: Path
-    base_own: Path
+    hopeless: Path
+    deceptive: Path
     unanswered: Path
 
 
-def make_world(folder: Path, *, n: int = 32) -> World:
-    """n prompts, answered greedily by one adapter (strongly applied) and by the base alone."""
+def make_world(folder: Path) -> World:
+    """Answers are chosen among _ANSWERS by what the base and the adapters make of them."""
     base = pico.write_base(folder / "base.gguf")
     bank = fill_bank(folder, base)
-    prompts = [f"is {s} {p} {i}?" for i, (s, p) in enumerate(_pairs(n))]
+    prompts = [f"is {s} {p} {i}?" for i, (s, p) in enumerate(_pairs(32))]
     with open_model(base, ONE_THREAD) as model:
-        helped = answer(model, prompts, [WeightedAdapter(open_bank(bank).record(HELPER).path)])
-        own = answer(model, prompts, [])
+        gains = gains_of_adapters(model, prompts, [r.path for r in open_bank(bank).records()])
+    good = [_ANSWERS[i] for i in gains[int(HELPER[-1])].argmax(axis=1)]
+    bad = [_ANSWERS[i] for i in gains.mean(axis=0).argmin(axis=1)]
+    split = split_examples([_example(prompt, line) for line, prompt in enumerate(prompts)])
+    support, untouched = ({e.line for e in part} for part in (split.support, split.untouched))
     return World(
         base,
         bank,
-        write_lines(folder / "helped.jsonl", prompts, helped),
-        write_lines(folder / "base_own.jsonl", prompts, own),
+        write_lines(folder / "helped.jsonl", prompts, good),
+        write_lines(folder / "hopeless.jsonl", prompts,
+                    [good[i] if i in support else bad[i] for i in range(32)]),
+        write_lines(folder / "deceptive.jsonl", prompts,
+                    [bad[i] if i in untouched else good[i] for i in range(32)]),
         write_lines(folder / "unanswered.jsonl", prompts),
-    )
+    )  # fmt: skip
+
+
+def gains_of_adapters(model: Model, prompts: Sequence[str], paths: Sequence[Path]) -> np.ndarray:
+    """Nats by which each adapter makes each answer to each prompt likelier, (k, n, answers)."""
+    asked = [_example(p, 0, answer) for p in prompts for answer in _ANSWERS]
+    examples = tokenise_examples(model, model_template(model), asked)
+    losses = []
+    with open_context(model) as context:
+        for path in (None, *paths):
+            context.apply([] if path is None else [WeightedAdapter(path)])
+            losses.append([s.nll for s in score(context, examples)])
+    base, *alone = np.reshape(losses, (1 + len(paths), len(prompts), len(_ANSWERS)))
+    return base - np.array(alone)
+
+
+def _example(prompt: str, line: int, completion: str | None = None) -> Example:
+    return Example((Message("user", prompt),), completion, (), line)
 
 
 def _pairs(n: int) -> list[tuple[str, str]]:
@@ -70,20 +103,6 @@ def fill_bank(folder: Path, base: Path) -> Path:
     with open_embedder(base, n_threads=1) as embed:
         add_many(bank, read_base(base), requests, embed=embed)
     return bank.path
-
-
-def answer(model: Model, prompts: Sequence[str], adapters: Sequence[WeightedAdapter]) -> list[str]:
-    """Greedy answers of 6 tokens."""
-    template = model_template(model)
-    answers = []
-    with open_context(model) as context:
-        context.apply(adapters)
-        for prompt in prompts:
-            segments = template.render([Message("user", prompt)])
-            ids = model.vocabulary.tokenize_segments(segments)
-            text = "".join(stream(context, ids, max_tokens=6))
-            answers.append("".join(c for c in text if c.isascii()).strip() or "no")
-    return answers
 
 
 def write_lines(path: Path, prompts: Sequence[str], completions: Sequence[str] = ()) -> Path:

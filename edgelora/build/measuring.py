@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from edgelora.build.proposals import (
     Measured,
     Nearness,
@@ -22,6 +24,7 @@ from edgelora.datasets.split import Split
 from edgelora.engine.context import Context, open_context
 from edgelora.engine.hidden import head_matrix
 from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.errors import EngineError
 from edgelora.summarise import DEFAULT_N_EMBEDDED, count_embedded_tokens, sample_examples
 
 _SHARE_FOR_EMBEDDING = 0.4
@@ -40,6 +43,7 @@ def measure_parts(
 
     Raises:
         EdgeLoRAError: the budget is too small for one adapter.
+        EngineError: a loss is not a number.
     """
     pool = work.pool
     with open_context(work.model, hidden=True) as context:
@@ -59,7 +63,9 @@ def measure_parts(
             lambda done, total: work.listener.progress("measuring adapters", done, total),
         )
     head = head_matrix(work.model)
-    return nearness, Measured(positions, losses_of(alone, head), base, alone, head), shown
+    measured = Measured(positions, losses_of(alone, head), base, alone, head)
+    _refuse_nonfinite(work, measured)
+    return nearness, measured, shown
 
 
 def embed_and_compare(
@@ -121,6 +127,24 @@ def _affordable(
         if cost <= n_tokens:
             break
     return n, cost
+
+
+def _refuse_nonfinite(work: Work, measured: Measured) -> None:
+    """Losses that are not numbers: nothing sound can be made of them."""
+    base_loss = losses_of([measured.base], measured.head)
+    if not np.isfinite(base_loss).all():
+        raise EngineError(
+            f"{work.model.base.path}: the base's own loss is not a number",
+            hint="Try --low-ram, which avoids llama.cpp's repacked weights; see `edgelora doctor`.",
+        )
+    names = [work.pool.names[position] for position in measured.positions]
+    wild = [n for n, loss in zip(names, measured.losses, strict=True) if not np.isfinite(loss)]
+    if wild:
+        raise EngineError(
+            "adapters under which the loss is not a number",
+            problems=wild,
+            hint="Leave them out: " + " ".join(f"--exclude {name}" for name in wild),
+        )
 
 
 def _counting(work: Work, n_texts: int) -> Callable[[int], None]:

@@ -1,0 +1,128 @@
+"""The surrogate: one token by hand, derivatives by finite differences, minima by another method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.optimize import check_grad, minimize
+from scipy.special import log_softmax
+
+from edgelora.operators import surrogate
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Case:
+    base: NDArray[np.float32]
+    adapters: NDArray[np.float32]
+    targets: NDArray[np.int64]
+    head: NDArray[np.float32]
+    start: Array
+
+    def loss(self, w: Array, penalty: float) -> float:
+        """The documented objective, typed anew in float64."""
+        hidden = self.base + np.tensordot(w, self.adapters.astype(float) - self.base, axes=1)
+        rows = log_softmax(hidden @ self.head.T.astype(float), axis=1)
+        picked = rows[np.arange(len(self.targets)), self.targets]
+        return float(-picked.mean() + penalty * ((w - self.start) ** 2).sum())
+
+    def fit(self, penalty: float, max_steps: int = 30) -> Array:
+        return surrogate.fit(
+            self.base, self.adapters, self.targets, self.head,
+            start=self.start, penalty=penalty, max_steps=max_steps,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    """3 adapters, 20 tokens, states of 5 numbers, 11 words."""
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((20, 5)).astype(np.float32)
+    moves = 0.7 * rng.standard_normal((3, 20, 5)).astype(np.float32)
+    head = rng.standard_normal((11, 5)).astype(np.float32)
+    return Case(base, base + moves, rng.integers(0, 11, 20), head, np.full(3, 1 / 3))
+
+
+def test_one_token_by_hand() -> None:
+    """Two words, whose logits are h and -h: the loss of the first is log(1 + exp(-2 h))."""
+    hidden = np.array([[0.0], [0.5]], np.float32)
+    head = np.array([[1.0], [-1.0]], np.float32)
+    losses = surrogate.token_losses(hidden, np.array([0, 0]), head)
+    assert losses == pytest.approx([math.log(2), math.log(1 + math.exp(-1))], rel=1e-6)
+
+
+def test_a_minimum_by_hand() -> None:
+    """Targets one of each word: by symmetry the best state is 0, where only w = -1 leads."""
+    base, adapter = np.full((2, 1), 1.0, np.float32), np.full((1, 2, 1), 2.0, np.float32)
+    head = np.array([[1.0], [-1.0]], np.float32)
+    (w,) = surrogate.fit(base, adapter, np.array([0, 1]), head, start=np.zeros(1), penalty=1e-9)
+    assert w == pytest.approx(-1.0, abs=1e-3)
+
+
+def test_losses_are_those_of_a_log_softmax(case: Case) -> None:
+    losses = surrogate.token_losses(case.base, case.targets, case.head)
+    rows = log_softmax(case.base.astype(float) @ case.head.T.astype(float), axis=1)
+    assert losses.dtype == np.float64
+    np.testing.assert_allclose(losses, -rows[np.arange(20), case.targets], rtol=1e-5)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, head = np.array([[1e3]], np.float32), np.array([[1.0], [-1.0]], np.float32)
+    assert surrogate.token_losses(hidden, np.array([1]), head) == pytest.approx([2e3])
+
+
+def test_the_slopes_are_the_gradient(case: Case) -> None:
+    """Of each token's loss with respect to its state, against scipy's finite differences."""
+
+    def value(h: Array) -> float:
+        state = h.reshape(1, -1).astype(np.float32)
+        return float(surrogate.token_losses(state, case.targets[:1], case.head)[0])
+
+    def slope(h: Array) -> Array:
+        state = h.reshape(1, -1).astype(np.float32)
+        _, slopes = surrogate._losses_and_slopes(state, case.targets[:1], case.head)
+        return slopes[0].astype(float)
+
+    at = case.base[0].astype(float)
+    # In float32 a step of 1e-2 balances rounding against curvature.
+    assert check_grad(value, slope, at, epsilon=1e-2) < 0.05
+
+
+def numeric_gradient(f: Callable[[Array], float], w: Array, step: float = 1e-6) -> Array:
+    return np.array([(f(w + e) - f(w - e)) / (2 * step) for e in step * np.eye(len(w))])
+
+
+@pytest.mark.parametrize("penalty", [0.01, 1.0])
+def test_the_gradient_vanishes_where_it_stops(case: Case, penalty: float) -> None:
+    found = case.fit(penalty, max_steps=200)
+    assert np.abs(numeric_gradient(lambda w: case.loss(w, penalty), found)).max() < 1e-3
+
+
+def test_the_loss_is_convex_along_segments(case: Case) -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        a, b, t = 3 * rng.standard_normal(3), 3 * rng.standard_normal(3), rng.uniform()
+        between = case.loss(t * a + (1 - t) * b, 0.0)
+        assert between <= t * case.loss(a, 0.0) + (1 - t) * case.loss(b, 0.0) + 1e-9
+
+
+@pytest.mark.parametrize("penalty", [0.01, 0.3, 5.0])
+def test_the_minimum_is_that_of_a_method_without_derivatives(case: Case, penalty: float) -> None:
+    reference = minimize(
+        lambda w: case.loss(w, penalty), np.zeros(3), method="Nelder-Mead",
+        options={"xatol": 1e-7, "fatol": 1e-10, "maxiter": 4000},
+    )  # fmt: skip
+    found = case.fit(penalty, max_steps=200)
+    np.testing.assert_allclose(found, reference.x, atol=2e-3)
+    assert case.loss(found, penalty) == pytest.approx(reference.fun, abs=1e-6)
+
+
+def test_a_large_penalty_keeps_the_start_and_a_small_one_improves(case: Case) -> None:
+    np.testing.assert_allclose(case.fit(1e6), case.start, atol=1e-4)
+    assert case.loss(case.fit(0.01), 0.0) < case.loss(case.start, 0.0)
