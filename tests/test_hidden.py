@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pico
 import pytest
 
-from edgelora.engine.context import Context, Row, open_context
+from edgelora.engine.context import Context, Row, _NodeCapture, open_context
 from edgelora.engine.hidden import completion_states, head_matrix
 from edgelora.engine.model import Model, ModelOptions, WeightedAdapter, open_model
 from edgelora.engine.score import TokenisedExample, score, shared_prefix
@@ -114,3 +115,22 @@ def test_an_example_that_does_not_fit_is_named(model: Model) -> None:
 def test_a_plain_context_refuses_states(model: Model) -> None:
     with open_context(model) as context, pytest.raises(EngineError, match="not opened for hidden"):
         completion_states(context, examples(shared=False))
+
+
+def test_ctrl_c_inside_the_callback_is_not_lost(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ctypes would print and forget it, and the batch would look as if it had no result."""
+    real = _NodeCapture._on_node
+
+    def interrupted(capture: _NodeCapture, tensor: int, ask: bool, user_data: int) -> bool:
+        signal.raise_signal(signal.SIGINT)
+        return real(capture, tensor, ask, user_data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_NodeCapture, "_on_node", interrupted)
+        with open_context(model, hidden=True) as context, pytest.raises(KeyboardInterrupt):
+            completion_states(context, examples(shared=False))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with open_context(model, hidden=True) as context:
+        assert len(completion_states(context, examples(shared=False)).hidden)

@@ -1,0 +1,206 @@
+"""`edgelora build` as a person types it, on a pico base; and the demo away from its checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import builds
+import pytest
+from builds import World
+from cli_runner import run
+
+from edgelora.adapters.gguf_lora import open_lora
+from edgelora.build.proposals import OPERATOR_NAMES
+from edgelora.cli import demo
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELORA_CACHE", str(folder / "cache"))
+        yield builds.make_world(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def words(world: World, data: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("build", "--base", world.base, "--bank", world.bank, "--data", data, "-o", out,
+            "--threads", 1, *more)  # fmt: skip
+
+
+def test_the_plan_the_table_and_what_was_written(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    result = run(*words(world, world.helped, out))
+    assert result.exit_code == 0, result.output
+    plan = result.stderr
+    assert "helped.jsonl: 32 examples" in plan
+    assert "16 examples to find coefficients (support), 8 to choose (selection), 8 unt" in plan
+    assert "4 of 4 adapters measured on 16 examples" in plan
+    assert "at most 60,000 (--budget)" in plan and "tokens/s about" in plan
+    shown = result.stdout
+    for name in ("base", "uniform mean", "nearest", "mixture", "least loss", "loss-weighted",
+                 "surrogate, penalty"):  # fmt: skip
+        assert name in shown
+    assert shown.count("<- written") == 1 and builds.HELPER in shown
+    assert "loss on 8 examples (untouched): base" in shown
+    assert "relative error" in shown and f"{out} (" in shown.replace("\n", "")
+    assert open_lora(out).names
+
+
+def test_json_is_all_of_stdout(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    result = run(*words(world, world.helped, out, "--json", "-q", "--budget", 12_000))
+    told = json.loads(result.stdout)
+    assert set(told) == {
+        "out", "chosen", "coefficients", "distances", "losses_alone", "support_losses",
+        "selection_losses", "judged", "rank", "relative_error", "n_tokens", "elapsed_s", "warnings",
+    }  # fmt: skip
+    assert told["out"] == str(out) and told["n_tokens"] <= 12_000
+    assert set(told["losses_alone"]) == {f"adapter{i}" for i in range(builds.N_ADAPTERS)}
+    assert told["chosen"] in told["selection_losses"]
+    assert set(told["judged"]) == {"part", "examples", "base", "adapter", "adapter_vs_base"}
+    assert told["judged"]["part"] == "untouched" and told["judged"]["examples"] == 8
+    low, mid, high = told["judged"]["adapter_vs_base"]
+    assert low <= mid <= high < 0
+    assert result.stderr.count("warning:") == len(told["warnings"]) and "plan:" not in result.stderr
+
+
+def test_exit_codes_say_what_happened(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "a.gguf"
+    out.parent.mkdir()
+    nothing = run(*words(world, world.hopeless, out))
+    assert nothing.exit_code == 3 and "nothing beats the base" in nothing.stderr
+    assert not list(out.parent.iterdir()) and not nothing.stdout
+
+    out.write_bytes(b"mine")
+    refused = run(*words(world, world.helped, out))
+    assert refused.exit_code == 1 and "--force" in refused.stderr
+    assert out.read_bytes() == b"mine"
+
+    forced = run(*words(world, world.hopeless, out, "--force"))
+    assert forced.exit_code == 0 and "warning: no candidate beat the base" in forced.stderr
+    assert open_lora(out).names and [p.name for p in out.parent.iterdir()] == [out.name]
+
+    poor = run(*words(world, world.helped, out, "--force", "--budget", 10))
+    assert poor.exit_code == 1 and "budget of 10 tokens is too small" in poor.stderr
+    gone = run(*words(world, world.helped, out, "--force", "--exclude", "*"))
+    assert gone.exit_code == 1 and "no adapter is left" in gone.stderr
+
+
+@pytest.mark.parametrize("operator", OPERATOR_NAMES)
+def test_each_operator_by_name(operator: str, world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    result = run(*words(world, world.helped, out, "--operator", operator, "--budget", 9_000, "-q"))
+    if operator == "neural":
+        assert result.exit_code == 1 and "no neural head for the distance" in result.stderr
+        assert not out.exists()
+        return
+    assert result.exit_code == 0, result.output
+    assert json.loads(str(open_lora(out).metadata["edgelora.provenance"]))["operator"]
+
+
+@pytest.mark.parametrize("distance", ["js", "cosine", "wd"])
+def test_a_distance_by_name(distance: str, world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    result = run(*words(world, world.helped, out, "--distance", distance, "--operator", "nearest"))
+    assert result.exit_code == 0, result.output
+    assert json.loads(str(open_lora(out).metadata["edgelora.provenance"]))["distance"] == distance
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "known"),
+    [
+        ("--operator", "magic", "mixture"),
+        ("--distance", "magic", "bures"),
+        ("--combine", "magic", "svd"),
+        ("--rank", "0", "auto"),
+        ("--budget", "0", "1"),
+    ],
+)
+def test_a_bad_choice_is_a_usage_error_that_lists_the_good_ones(
+    option: str, value: str, known: str, world: World, tmp_path: Path
+) -> None:
+    result = run(*words(world, world.helped, tmp_path / "a.gguf", option, value))
+    assert result.exit_code == 2 and option in result.stderr and known in result.stderr
+
+
+def test_without_completions_it_says_what_it_could_not_measure(
+    world: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.gguf"
+    result = run(*words(world, world.unanswered, out))
+    assert result.exit_code == 0, result.output
+    assert "no completions: losses cannot be measured" in result.stderr
+    assert "plan: distances from 32 examples to 4 adapters" in result.stderr
+    assert "nats" not in result.stdout and "mixture" in result.stdout
+    told = json.loads(run(*words(world, world.unanswered, out, "--force", "--json")).stdout)
+    assert told["judged"] is None and told["selection_losses"] == {}
+
+
+def test_few_examples_are_called_optimistic(world: World, tmp_path: Path) -> None:
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(world.helped.read_text().splitlines(keepends=True)[:20]))
+    result = run(*words(world, data, tmp_path / "a.gguf"))
+    assert result.exit_code == 0, result.output
+    assert "loss on 6 examples (selection part, optimistic)" in result.stdout
+    assert "6 to choose (selection), none untouched" in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
+def test_ctrl_c_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
+    """A real process, interrupted once its plan is out, in the middle of forward passes."""
+    for name in ("out", "tmp"):
+        (tmp_path / name).mkdir()
+    out = tmp_path / "out" / "a.gguf"
+    out.write_bytes(b"old")
+    data = tmp_path / "long.jsonl"
+    lines = [json.loads(line) for line in world.helped.read_text().splitlines()]
+    prompts = [f"{i} {line['prompt']}" + " in the house" * 60 for i in range(4) for line in lines]
+    builds.write_lines(data, prompts, [line["completion"] for line in lines] * 4)
+    line = words(world, data, out, "--force", "--budget", 10**8)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgelora", *map(str, line)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )
+    with process:
+        assert process.stderr is not None and process.stdout is not None
+        said = ""
+        while "plan:" not in said and process.poll() is None:
+            said += process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+        assert process.wait(60) == 130, said
+        assert "interrupted; nothing half-written was left behind" in said
+        assert not process.stdout.read()
+    assert out.read_bytes() == b"old" and [p.name for p in out.parent.iterdir()] == [out.name]
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_the_demo_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed from the wheel there is no models/bank two folders above the package."""
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "edgelora" / "cli" / "demo.py"))
+    result = run("demo")
+    assert result.exit_code == 1 and not result.stdout
+    assert "in the repository, not in the installed package" in result.stderr
+    assert "make demo" in result.stderr
+
+
+def test_the_demo_finds_this_checkout() -> None:
+    root = demo._find_checkout()
+    assert root == Path(__file__).resolve().parent.parent
+    for example in demo.EXAMPLES:
+        assert (root / "examples" / example / "heldout.jsonl").is_file()
