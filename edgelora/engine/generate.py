@@ -29,6 +29,9 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer to `prompt` as it is made; a character is never split.
 
+    There is one piece for each token ("" while a character is unfinished) and a last one for what
+    was left unfinished, so an answer that was cut has `max_tokens` + 1 pieces.
+
     Raises:
         EngineError: the prompt and `max_tokens` do not fit the context, or it is empty.
     """
@@ -52,11 +55,9 @@ def stream(
             token = llama_cpp.llama_sampler_sample(sampler, context.handle, -1)
             if context.model.vocabulary.is_end(token):
                 break
-            if text := decoder.decode(context.model.vocabulary.decode([token])):
-                yield text
+            yield decoder.decode(context.model.vocabulary.decode([token]))
             context.decode([Row(token, position, 0, output=True)])
-    if text := decoder.decode(b"", final=True):
-        yield text
+    yield decoder.decode(b"", final=True)
 
 
 @contextlib.contextmanager
