@@ -15,6 +15,7 @@ from edgelora.build.proposals import (
     losses_of,
     measure_alone,
     measure_base,
+    needs_losses,
     shortlist,
 )
 from edgelora.build.records import Plan
@@ -50,6 +51,8 @@ def measure_parts(
         nearness = embed_and_compare(work, context, split.support, _SHARE_FOR_EMBEDDING)
         share = int(_SHARE_FOR_ADAPTERS * work.budget.left)
         positions, shown = shortlist(pool, parts.support, nearness, share)
+        if not needs_losses(work.options.operator):
+            positions = []
         work.spend(
             (1 + len(positions)) * count_tokens(shown),
             f"measuring {len(positions)} adapter(s) on {len(shown)} examples",

@@ -179,6 +179,11 @@ def _expand(operator: str, has_nearness: bool, is_measured: bool) -> list[str]:
     return names + (["least loss", "gibbs", "surrogate"] if is_measured else [])
 
 
+def needs_losses(operator: str) -> bool:
+    """Whether an operator uses the losses of single adapters; else none needs to be measured."""
+    return operator == "auto" or operator in ON_LOSSES
+
+
 def _named(
     operator: str, pool: Pool, nearness: Nearness | None, measured: Measured | None
 ) -> list[Proposal]:

@@ -27,7 +27,11 @@ _PACKAGES = (
 @console.common_options
 def command(base: str | None, as_json: bool, **_: Any) -> None:
     """Print what this machine has, which bases are found, and what fits."""
+    from edgelora.engine.amx import warning
+
     report = examine(base)
+    if message := warning():
+        console.warn(console.safe(message))
     if as_json:
         console.show_json(report)
         return

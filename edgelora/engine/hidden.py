@@ -33,9 +33,7 @@ class CompletionStates:
     targets: NDArray[np.int64]
 
 
-def completion_states(
-    context: Context, examples: Sequence[TokenisedExample]
-) -> CompletionStates:
+def completion_states(context: Context, examples: Sequence[TokenisedExample]) -> CompletionStates:
     """One forward pass, under the adapters applied, that stops before the head.
 
     Args:
