@@ -5,7 +5,8 @@
 For each task drawn by the seed, `edgelora build` gets 32 of its training lines and every adapter
 whose source dataset differs from the task's, then `edgelora eval --limit 64` compares base, built
 adapter and the task's own adapter on its test lines. One line of JSON a task is appended to
-RESULTS; tasks that are there already are skipped, so an interrupted run goes on where it stopped.
+RESULTS; tasks that are there already are skipped, so an interrupted run goes on where it stopped,
+and a finished one only prints its table.
 TASKS holds `<task>/train.jsonl`, `test.jsonl` and `task.json` with the source datasets.
 """
 
@@ -49,7 +50,7 @@ def main() -> None:
         done[task] = run_task(task, adapters, arguments)
         with arguments.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(done[task]) + "\n")
-    report([done[task] for task in drawn])
+    print(report([done[task] for task in drawn]))
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
@@ -120,25 +121,32 @@ def same_source(task: str, adapters: dict[str, Path], tasks: Path) -> list[str]:
     return [name for name in adapters if own & set(source_of(name, tasks))]
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    """The table in Markdown, and what the issue asks for."""
-    print("| task | written | loss: base | adapter | own | adapter - base | recovered |"
-          " ROUGE-L: base | adapter | own | exact: base | adapter | own |")  # fmt: skip
-    print("|---|---|" + "---:|" * 11)
-    for row in rows:
-        print("| " + " | ".join(cells(row)) + " |")
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table in Markdown, and the summary below it."""
+    lines = [
+        "| task | written | loss: base | adapter | own | adapter - base | recovered |"
+        " ROUGE-L: base | adapter | own | exact: base | adapter | own |",
+        "|---|---|" + "---:|" * 11,
+        *("| " + " | ".join(cells(row)) + " |" for row in rows),
+    ]
     arms = {name: [row[name] for row in rows] for name in ("base", "adapter", "own")}
     loss = {name: np.array([arm["loss"] for arm in arms[name]]) for name in arms}
     share = recovered_share(loss["base"], loss["adapter"], loss["own"])
     low, high = share_interval(rows)
     better = sum(row["adapter"]["loss_vs_base"][2] < 0 for row in rows)
     worse = sum(row["adapter"]["loss_vs_base"][0] > 0 for row in rows)
-    print(f"\n{better} of {len(rows)} improve beyond the interval, {worse} are worse beyond it.")
-    print(f"Recovered share of loss, as a ratio of means: {share:.3f} [{low:.3f}, {high:.3f}]")
-    for measure in ("rouge_l", "exact_match"):
+    lines += [
+        "",
+        f"- {better} of {len(rows)} improve beyond the interval, {worse} are worse beyond it.",
+        f"- Recovered share of loss, as a ratio of means: {share:.3f} [{low:.3f}, {high:.3f}].",
+    ]
+    for measure, label in (("rouge_l", "ROUGE-L"), ("exact_match", "exact match")):
         means = {name: np.mean([arm[measure] for arm in arms[name]]) for name in arms}
-        print(f"Mean {measure}: " + ", ".join(f"{n} {m:.3f}" for n, m in means.items()))
-    print(f"Build: {np.mean([row['build_s'] for row in rows]):.0f} s on average")
+        told = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+        lines.append(f"- Mean {label}: {told}.")
+    seconds, tokens = (np.mean([row[key] for row in rows]) for key in ("build_s", "build_tokens"))
+    lines.append(f"- A build took {seconds:.0f} s and {tokens:,.0f} tokens on average.")
+    return "\n".join(lines)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
