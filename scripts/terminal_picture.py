@@ -2,7 +2,7 @@
 
 usage: python scripts/terminal_picture.py [-o docs/build.svg] [--width 100] [-- BUILD_ARGUMENTS]
 
-Without arguments it builds an adapter for examples/support-tickets from models/bank.
+Without arguments it builds an adapter for examples/returns from models/bank.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def settled(written: str) -> str:
 
 
 def _default_build() -> list[str]:
-    data = "examples/support-tickets/train.jsonl"
+    data = "examples/returns/train.jsonl"
     return ["--base", "smollm2-135m-instruct", "--bank", "models/bank", "--data", data]
 
 

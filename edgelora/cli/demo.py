@@ -12,7 +12,7 @@ from edgelora.cli.options import open_engine
 
 EXAMPLES = ("returns", "support-tickets", "follows")
 BASE = "smollm2-135m-instruct"
-_BUDGET = 24_000
+_BUDGET = 20_000
 _QUICK = ("--budget", "14000"), ("--limit", "16")
 _MAX_ANSWER = 48
 
