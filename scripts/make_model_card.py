@@ -107,6 +107,9 @@ The script is `scripts/train_bank.py` (`{TRAIN_COMMAND}`); each task has its own
 random initialisation, seeded by its name. Then `edgelora bank add` converted the PEFT folders and
 computed the signatures with the quantised base.
 
+`neural.safetensors`, if it is there, holds the paper's Neural head, trained for this bank by
+`scripts/train_neural.py`; `edgelora build --operator neural` uses it.
+
 ## Data and licences
 
 The tasks are from Super-NaturalInstructions v2 (Wang et al., 2022, "Super-NaturalInstructions:
