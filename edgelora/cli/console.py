@@ -32,18 +32,23 @@ err = Console(stderr=True, highlight=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-@contextlib.contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr; yields a function that advances it. Nothing is drawn with -q."""
-    bar = Progress(
+def _bar(*, transient: bool) -> Progress:
+    """Bars on stderr; `transient` ones vanish when they are done."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=err,
-        transient=True,
+        transient=transient,
         disable=err.quiet or not err.is_terminal,
     )
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr; yields a function that advances it. Nothing is drawn with -q."""
+    bar = _bar(transient=True)
     with bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
@@ -87,14 +92,7 @@ def show_json(value: object) -> None:
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage of a long job; yields a function (stage, steps done, steps in all)."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=err.quiet or not err.is_terminal,
-    )
+    bar = _bar(transient=False)
     tasks: dict[str, TaskID] = {}
 
     def advance(stage: str, done: int, total: int) -> None:
