@@ -117,6 +117,14 @@ def test_the_same_line_gives_the_same_numbers(folder: Path) -> None:
     )
 
 
+def test_the_interval_of_a_single_example_is_null_in_json(folder: Path) -> None:
+    result = run("eval", "--base", folder / "base.gguf", "--adapter", folder / "a.gguf", "--json",
+                 "--data", folder / "data.jsonl", "--no-generate", "--limit", 1)  # fmt: skip
+    assert "Infinity" not in result.stdout
+    low, mid, high = json.loads(result.stdout)["arms"][1]["loss_vs_base"]
+    assert low is None and high is None and isinstance(mid, float)
+
+
 def test_another_template_is_a_warning_with_q_too(folder: Path) -> None:
     line = ("eval", "--base", folder / "base.gguf", "--adapter", folder / "a.gguf",
             "--data", folder / "data.jsonl", "--no-generate", "-q")  # fmt: skip

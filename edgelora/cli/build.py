@@ -174,9 +174,9 @@ def _as_json(built: Built) -> dict[str, object]:
         "coefficients": built.coefficients,
         "distances": built.distances,
         "losses_alone": built.losses_alone,
-        "support_losses": {n: _finite(x) for n, x in built.support_losses.items()},
+        "support_losses": built.support_losses,
         "selection_losses": {
-            row.name: _finite(row.loss) for row in (built.verdict.table if built.verdict else ())
+            row.name: row.loss for row in (built.verdict.table if built.verdict else ())
         },
         "judged": judged
         and {
@@ -184,7 +184,7 @@ def _as_json(built: Built) -> dict[str, object]:
             "examples": judged.n_examples,
             "base": judged.base_loss,
             "adapter": judged.adapter_loss,
-            "adapter_vs_base": [_finite(x) for x in judged.interval],
+            "adapter_vs_base": judged.interval,
         },
         "rank": built.merge.max_rank,
         "relative_error": built.merge.error,
@@ -192,10 +192,6 @@ def _as_json(built: Built) -> dict[str, object]:
         "elapsed_s": built.elapsed_s,
         "warnings": list(built.warnings),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _duration(seconds: float) -> str:

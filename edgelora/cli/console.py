@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -85,8 +86,17 @@ def show_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> No
 
 
 def show_json(value: object) -> None:
-    """A result as JSON on stdout; what is not ASCII is escaped."""
-    click.echo(json.dumps(value, indent=1))
+    """A result as JSON on stdout: ASCII, with null for what JSON has no number for."""
+    click.echo(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    """`value` with None for each NaN and infinity, such as the interval of a single example."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager
