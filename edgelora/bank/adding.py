@@ -119,8 +119,16 @@ def _add(
             status = SIGNED if status == ALREADY_THERE else status
         except EdgeLoRAError as error:
             status, reason = REFUSED, f"{name} is in the bank, its signature is not: {error}"
-    data = f"{dataset.format}, {len(dataset.examples)} examples" if dataset is not None else ""
+    data = _describe(dataset) if dataset is not None else ""
     return Outcome(request.folder, status, name, reason, has_signature, tuple(notes), data)
+
+
+def _describe(dataset: Dataset) -> str:
+    from edgelora.summarise import DEFAULT_N_EMBEDDED
+
+    n = len(dataset.examples)
+    sampled = f", {DEFAULT_N_EMBEDDED} of them embedded" if n > DEFAULT_N_EMBEDDED else ""
+    return f"{dataset.format}, {n} examples{sampled}"
 
 
 def _notes(added: Added | AlreadyThere) -> tuple[str, ...]:
