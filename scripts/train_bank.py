@@ -236,10 +236,6 @@ def _spread(rows: list[Row], n: int) -> list[Row]:
     return ordered[:: max(1, len(ordered) // n)][:n]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def _has_control(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> bool:
     return any(token in text for token in tokenizer.all_special_tokens for text in texts)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgelora.adapters.base import BaseIdentity
 from edgelora.bank import Bank, BankRecord
 from edgelora.errors import BankError
+from edgelora.operators.distances import split_by_signature
 from edgelora.signature import Signature
 
 Array = NDArray[np.float64]
@@ -44,7 +45,12 @@ class Pool:
     @property
     def signed(self) -> list[int]:
         """Positions of the adapters that have a signature."""
-        return [i for i, signature in enumerate(self.signatures) if signature is not None]
+        return split_by_signature(self.signatures)[0]
+
+    @property
+    def unsigned(self) -> list[int]:
+        """Positions of those that have none: operators on distances skip them."""
+        return split_by_signature(self.signatures)[1]
 
     @property
     def others(self) -> list[Signature]:
@@ -95,7 +101,7 @@ def find_warnings(pool: Pool, template_key: str) -> list[str]:
             f"{len(others)} adapter(s) were trained with another prompt template and may help "
             f"less with this one: {_listed(others)}"
         )
-    unsigned = [pool.names[i] for i, s in enumerate(pool.signatures) if s is None]
+    unsigned = [pool.names[i] for i in pool.unsigned]
     if unsigned:
         found.append(
             f"{len(unsigned)} adapter(s) have no signature; operators on distances skip them: "

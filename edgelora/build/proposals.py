@@ -91,7 +91,7 @@ def find_nearness(
             context, examples, cache=cache, n_embedded=n_embedded, seed=seed, progress=progress
         )
     distances = pool.spread(pool.signed, measure(distance, target, pool.others, seed=seed))
-    distances[[i for i in range(len(distances)) if i not in pool.signed]] = np.inf
+    distances[pool.unsigned] = np.inf
     return Nearness(distance, target, distances)
 
 

@@ -15,7 +15,6 @@ from edgelora.errors import InvalidFile
 FILE_NAME = "neural.safetensors"  # in the folder of the bank
 FORMAT_VERSION = 1
 LAYER_NORM_EPSILON = 1e-5
-MAX_HIDDEN = 8_192
 MAX_POINTS = 1 << 16
 TABLE_RANGE = 32.0  # z-scores of k distances stay within sqrt(k): enough for a bank of 1,000
 TABLE_POINTS = 8_193
