@@ -18,6 +18,8 @@ from edgelora.adapters.gguf_lora import LoraFile, check, open_lora
 from edgelora.adapters.peft import convert, read_adapter
 from edgelora.errors import EdgeLoRAError
 
+Q = "model.layers.0.self_attn.q_proj"
+V = "model.layers.1.self_attn.v_proj"
 CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
 SIZES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
 

@@ -7,25 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pico
 import pytest
-from folders import converted, delta, gguf_rows, refusal, save
+from folders import Q, V, converted, delta, gguf_rows, refusal, save
 
-from edgelora.adapters.base import Base, read_base
-
-Q = "model.layers.0.self_attn.q_proj"
-V = "model.layers.1.self_attn.v_proj"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return read_base(pico.write_base(tmp_path_factory.mktemp("base") / "b.gguf", "llama"))
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    path = tmp_path_factory.mktemp("untied") / "b.gguf"
-    return read_base(pico.write_base(path, "llama", tied=False))
+from edgelora.adapters.base import Base
 
 
 def write_mlx(folder: Path, tensors: dict[str, np.ndarray], **config: Any) -> Path:

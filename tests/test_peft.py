@@ -11,6 +11,8 @@ import numpy as np
 import pico
 import pytest
 from folders import (
+    Q,
+    V,
     converted,
     delta,
     factors,
@@ -28,21 +30,8 @@ from edgelora.adapters.peft import convert
 from edgelora.errors import UnsupportedFile
 from edgelora.gguf_file import open_gguf
 
-Q = "model.layers.0.self_attn.q_proj"
-V = "model.layers.1.self_attn.v_proj"
 ALL = "q k v o gate up down qkv gate_up".split()
 MODULES = [f"{name}_proj" for name in ALL] + ["c_attn", "c_proj", "c_fc"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return read_base(pico.write_base(tmp_path_factory.mktemp("base") / "b.gguf", "llama"))
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    path = tmp_path_factory.mktemp("untied") / "b.gguf"
-    return read_base(pico.write_base(path, "llama", tied=False))
 
 
 def test_one_matrix_by_hand(base: Base, tmp_path: Path) -> None:

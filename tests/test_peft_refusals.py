@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pico
 import pytest
-from folders import converted, factors, hollow_base, refusal, write_folder
+from folders import Q, V, converted, factors, hollow_base, refusal, write_folder
 
 from edgelora.adapters.base import Base, read_base
 from edgelora.adapters.peft import convert
@@ -18,20 +18,6 @@ from edgelora.errors import (
     NotFound,
     UnsupportedFile,
 )
-
-Q = "model.layers.0.self_attn.q_proj"
-V = "model.layers.1.self_attn.v_proj"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return read_base(pico.write_base(tmp_path_factory.mktemp("base") / "b.gguf", "llama"))
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    path = tmp_path_factory.mktemp("untied") / "b.gguf"
-    return read_base(pico.write_base(path, "llama", tied=False))
 
 
 def test_all_problems_of_a_file_in_one_error(base: Base, tmp_path: Path) -> None:
