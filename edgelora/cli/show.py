@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +10,11 @@ import click
 
 from edgelora.cli import console
 from edgelora.cli.options import json_option
+from edgelora.errors import InvalidFile
 
 if TYPE_CHECKING:
     from edgelora.adapters.gguf_lora import LoraFile
 
-_PROVENANCE = "edgelora.provenance"
 # What is printed of the provenance, in this order; the rest are lists with a form of their own.
 _TITLES = {
     "operator": "operator",
@@ -54,17 +52,13 @@ def command(adapter: Path, as_json: bool, **_: Any) -> None:
 
 def _provenance(lora: LoraFile) -> dict[str, Any]:
     """The file's own account, {} if it has none; a warning where it cannot be read."""
-    text = lora.metadata.get(_PROVENANCE)
-    if text is None:
-        return {}
+    from edgelora.adapters.provenance import read_provenance
+
     try:
-        found = json.loads(str(text))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not _is_plain(found):
-        console.warn(console.safe(f"{lora.path}: its provenance cannot be read"))
+        return read_provenance(lora)
+    except InvalidFile as error:
+        console.warn(console.safe(str(error)))
         return {}
-    return found
 
 
 def _facts(lora: LoraFile, provenance: Mapping[str, Any]) -> dict[str, object]:
@@ -151,20 +145,14 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _is_plain(value: object, n_levels: int = 8) -> bool:
-    """Whether a JSON value is shallow and its numbers are finite, as ours are."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return n_levels > 0 and all(_is_plain(item, n_levels - 1) for item in inner)
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 def _as_json(lora: LoraFile, provenance: Mapping[str, Any]) -> dict[str, object]:
+    from edgelora.adapters.provenance import PROVENANCE_KEY, is_plain
+
     ranks: Sequence[int] = [lora.rank(name) for name in lora.names]
     metadata = {
-        key: value if _is_plain(value) else str(value)
+        key: value if is_plain(value) else str(value)
         for key, value in lora.metadata.items()
-        if key != _PROVENANCE
+        if key != PROVENANCE_KEY
     }
     return {
         "file": str(lora.path),

@@ -1,0 +1,190 @@
+"""Errors as OpenAI's clients expect them: one body, one status for each kind, no tracebacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from edgelora.errors import AlreadyExists, EdgeLoRAError, NotFound
+
+logger = logging.getLogger("edgelora.serve")
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+_WHERE = ("body", "query", "path", "header", "cookie")
+
+
+class ErrorDetail(BaseModel):
+    """What OpenAI's clients read of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        type: OpenAI's word for the kind; by default what belongs to the status.
+        param: the field at fault.
+        code: what a program compares with.
+        retry_after_s: becomes the header Retry-After, in whole seconds from 1.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type or _TYPES.get(
+            status, "server_error" if status >= 500 else "invalid_request_error"
+        )
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer; also what a stream that has begun ends with."""
+        detail = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": detail}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that belong to this error."""
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
+
+    def response(self) -> Response:
+        """The whole answer. ASCII: a text quoted from a request may hold half a surrogate pair."""
+        content = json.dumps(self.body()).encode("ascii")
+        return Response(content, self.status, self.headers, media_type="application/json")
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """A request that can never be answered as it is."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, code: str, retry_after_s: float = 1.0) -> ApiError:
+    """The server cannot answer now."""
+    return ApiError(503, message, code=code, retry_after_s=retry_after_s)
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` for a route that may answer these errors, and those all may answer."""
+    return {
+        status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
+        for status in sorted({400, 401, 403, 413, 500, 503, *statuses})
+    }
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """What a client is told of an exception; details of unexpected ones go to the log only."""
+    if isinstance(error, ApiError):
+        return error
+    for kind, make in _KINDS.items():
+        if isinstance(error, kind):
+            return make(error)
+    logger.error("an unexpected error in a request", exc_info=error)
+    return ApiError(500, "The server failed on this request; its log says why.", code="internal")
+
+
+def register(kind: type[EdgeLoRAError], make: Callable[[Any], ApiError]) -> None:
+    """Say what a kind of error becomes; a kind's subclasses are registered before it."""
+    _KINDS.pop(kind, None)
+    items = [(kind, make), *_KINDS.items()]
+    _KINDS.clear()
+    _KINDS.update(items)
+
+
+def install(app: FastAPI) -> None:
+    """Turn every exception of `app`'s routes into an OpenAI error."""
+
+    async def on_any(_request: Request, error: Exception) -> Response:
+        return to_api_error(error).response()
+
+    async def on_invalid(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return from_validation(error.errors()).response()
+
+    async def on_http(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        known = ApiError(error.status_code, str(error.detail))
+        answer = known.response()
+        answer.headers.update(error.headers or {})  # Allow, for 405
+        return answer
+
+    app.add_exception_handler(ApiError, on_any)
+    app.add_exception_handler(EdgeLoRAError, on_any)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """pydantic's problems as one 400: the first names `param`, the message has them all."""
+    problems = [f"{_field(error)}: {error['msg']}".removeprefix(": ") for error in errors]
+    shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+    return bad_request("; ".join(shown), param=_field(errors[0]) or None if errors else None)
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    """`messages[0].content` of pydantic's ("body", "messages", 0, "content")."""
+    place = list(error["loc"])
+    if place and place[0] in _WHERE:
+        place = place[1:]
+    if error["type"] == "json_invalid":
+        return ""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _from_edgelora(error: EdgeLoRAError) -> ApiError:
+    logger.error("a request failed: %s", error, exc_info=error)
+    return ApiError(500, error.what, code="engine_error")
+
+
+_KINDS: dict[type[BaseException], Callable[[Any], ApiError]] = {
+    NotFound: lambda error: ApiError(404, str(error), code="not_found"),
+    AlreadyExists: lambda error: ApiError(409, str(error), code="already_exists"),
+    EdgeLoRAError: _from_edgelora,
+}
