@@ -57,6 +57,18 @@ class EngineError(EdgeLoRAError):
     """llama.cpp refused a model, an adapter or a batch."""
 
 
+class ContextFull(EngineError):
+    """The KV cache has no cells left for a batch; nothing of the batch was computed."""
+
+
+class Aborted(EngineError):
+    """A batch was stopped on request; the sequences in it are to be dropped."""
+
+
+class InvalidGrammar(EngineError):
+    """A GBNF grammar that llama.cpp does not parse, or that allows no token of the vocabulary."""
+
+
 class NotFound(EdgeLoRAError):
     """A named base, adapter or file that does not exist."""
 
