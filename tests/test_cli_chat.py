@@ -65,8 +65,8 @@ def test_compare_answers_the_last_question_with_each(folder: Path) -> None:
         for name in ("base", "a", "b")
     )
     assert compared == expected
-    after = answer(folder, "was he there", "/compare", "is it")
-    assert after == answer(folder, "was he there", "is it")  # comparing changed nothing
+    after = answer(folder, "was he there", "/compare", "with this")
+    assert after == answer(folder, "was he there", "with this")  # comparing changed nothing
     nothing = run(*words(folder), stdin="/compare\n")
     assert nothing.exit_code == 0 and "nothing to compare yet" in nothing.stderr
 

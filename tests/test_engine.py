@@ -289,7 +289,7 @@ def test_streamed_text_is_the_greedy_answer(model: Model) -> None:
         assert len(pieces) == 13, "one for each token, and what was left"
         assert "".join(pieces) == greedy_text(context, TOKENS, 12)
         drawn = [
-            "".join(stream(context, TOKENS, max_tokens=12, sampling=Sampling(50.0, 1.0, 0.0, seed)))
+            "".join(stream(context, TOKENS, max_tokens=12, sampling=Sampling(50.0, seed=seed)))
             for seed in (1, 1, 2, 3)
         ]
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1

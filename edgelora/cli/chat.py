@@ -120,9 +120,12 @@ class Chat:
         self._adapters = adapters
         self._opening = [Message("system", system)] if system else []
         self._max_tokens = max_tokens
-        self._sampling: Sampling = Sampling(temperature=temperature, seed=seed)
+        self._sampling: Sampling = Sampling(
+            temperature=temperature, top_p=0.95, min_p=0.05, seed=seed
+        )
         self._turns: list[Message] = []
         self._active = next(iter(adapters), _BASE)
+        self._applied = ""
         self._seen_warnings: set[str] = set()
         self._commands: dict[str, Callable[[str], None]] = {
             "/adapter": self._switch,
@@ -157,8 +160,10 @@ class Chat:
         """Stream an answer to stdout; None (with a warning) where it cannot be made."""
         from edgelora.engine.model import WeightedAdapter
 
-        path = self._adapters.get(name)
-        self._context.apply([WeightedAdapter(path)] if path else [])
+        if name != self._applied:  # what the context holds of this conversation stays, else
+            path = self._adapters.get(name)
+            self._context.apply([WeightedAdapter(path)] if path else [])
+            self._applied = name
         try:
             prompt = self._prompt(turns)
             return self._stream(prompt)

@@ -16,8 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.engine import native
+from edgelora.engine.batch import Batch, Bounds
 from edgelora.engine.model import Model, WeightedAdapter, resolve_weights
-from edgelora.errors import EngineError
+from edgelora.errors import Aborted, ContextFull, EngineError
+
+KV_TYPES = {
+    "f32": llama_cpp.GGML_TYPE_F32,
+    "f16": llama_cpp.GGML_TYPE_F16,
+    "q8_0": llama_cpp.GGML_TYPE_Q8_0,
+    "q4_0": llama_cpp.GGML_TYPE_Q4_0,
+}
 
 
 @dataclass(frozen=True)
@@ -34,33 +42,50 @@ class Context:
     """KV cells and compute buffers of one model.
 
     Attributes:
-        n_ctx: tokens that all sequences share (the KV cache is unified).
+        n_ctx: tokens that one sequence may have.
+        n_cells: tokens that all sequences together may have (the KV cache is unified).
         n_batch: tokens that one decode takes at most.
+        n_outputs: tokens of one decode whose logits may be asked for.
         n_sequences: sequences that may be alive at once.
+        batch: what `compute` runs.
+        kept: tokens of sequence 0, as those who computed them said; [] after anything else.
     """
 
-    def __init__(self, model: Model, handle: Any, capture: _NodeCapture | None) -> None:
+    def __init__(
+        self, model: Model, handle: Any, capture: _NodeCapture | None, n_ctx: int, n_outputs: int
+    ) -> None:
         self.model = model
         self.handle = handle
-        # llama.cpp rounds up to 256 cells; GPT-2 has no positions beyond those it was trained with.
-        self.n_ctx: int = min(llama_cpp.llama_n_ctx(handle), model.n_ctx_train)
+        self.n_ctx = n_ctx
+        self.n_cells: int = llama_cpp.llama_n_ctx(handle)
         self.n_batch: int = llama_cpp.llama_n_batch(handle)
+        self.n_outputs = n_outputs
         self.n_sequences: int = llama_cpp.llama_n_seq_max(handle)
         self.n_decoded = 0
+        self.batch = Batch(self.n_batch)
+        self.kept: list[int] = []
+        self.kept: tuple[int, ...] = ()
+        self._bounds = Bounds(model.vocabulary.n_tokens, n_ctx, self.n_sequences, n_outputs)
         self._capture = capture
         self._memory = llama_cpp.llama_get_memory(handle)
-        self._batch = llama_cpp.llama_batch_init(self.n_batch, 0, 1)
+        self._abort_flag = native.Flag()
+        llama_cpp.llama_set_abort_callback(
+            handle, self._abort_flag.callback, self._abort_flag.address
+        )
 
     def close(self) -> None:
-        """Free the native context and batch."""
+        """Free the native context."""
         if self.handle is not None:
-            llama_cpp.llama_batch_free(self._batch)
             llama_cpp.llama_free(self.handle)
             self.handle = None
             self.model.in_use.pop(id(self), None)
 
-    def apply(self, adapters: Sequence[WeightedAdapter]) -> None:
-        """Make exactly these adapters active; the KV cache is cleared, it belonged to others."""
+    def apply(self, adapters: Sequence[WeightedAdapter], *, keep: bool = False) -> None:
+        """Make exactly these adapters active.
+
+        The KV cache is cleared, it belonged to others; with `keep` it stays, and the caller must
+        let no sequence of one adapter set be continued under another.
+        """
         active = resolve_weights(adapters)
         handles = [self.model.adapter(adapter.path) for adapter in active]
         self.model.in_use[id(self)] = frozenset(map(native.address, handles))
@@ -69,19 +94,44 @@ class Context:
         code = llama_cpp.llama_set_adapters_lora(self.handle, pointers, len(active), scales)
         if code != 0:
             raise EngineError("llama.cpp refused the adapter set", problems=native.recent_log())
-        self.clear()
+        if not keep:
+            self.clear()
 
     def clear(self) -> None:
         """Forget all sequences."""
+        self.kept = []
         llama_cpp.llama_memory_clear(self._memory, True)
 
-    def copy_sequence(self, source: int, target: int) -> None:
-        """Let `target` share all cells of `source`; nothing is copied in a unified cache."""
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+    def copy_sequence(self, source: int, target: int, n: int = -1) -> None:
+        """Let `target` share the first `n` cells of `source` (-1: all); nothing is copied."""
+        self._refuse_sequences(source, target)
+        self.kept = []
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, n)
 
     def truncate(self, sequence: int, n_keep: int) -> None:
-        """Forget the tokens of `sequence` from position `n_keep` on."""
-        llama_cpp.llama_memory_seq_rm(self._memory, sequence, n_keep, -1)
+        """Forget the tokens of `sequence` from position `n_keep` on.
+
+        Raises:
+            EngineError: a model that can only forget whole sequences.
+        """
+        self._refuse_sequences(sequence)
+        self.kept = []
+        if not llama_cpp.llama_memory_seq_rm(self._memory, sequence, n_keep, -1):
+            raise EngineError(f"{self.model.base.architecture}: cannot forget a part of a text")
+
+    def remove_sequence(self, sequence: int) -> None:
+        """Forget all tokens of `sequence`; cells that others share stay."""
+        self._refuse_sequences(sequence)
+        self.kept = []
+        llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+
+    def abort(self) -> None:
+        """Stop the decode that runs now, and each after it until `resume`; from any thread."""
+        self._abort_flag.set(True)
+
+    def resume(self) -> None:
+        """Let decodes run again."""
+        self._abort_flag.set(False)
 
     def decode(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Run one batch; returns the logits of the rows marked as output, (n_outputs, n_vocab).
@@ -89,23 +139,29 @@ class Context:
         The array is llama.cpp's own buffer: it is overwritten by the next call.
 
         Raises:
+            ContextFull: there are not enough free cells; nothing was computed.
+            Aborted: `abort` was called.
             EngineError: a row that llama.cpp would abort on, or a failed decode.
         """
-        self._fill(rows)
+        self.batch.clear()
+        for row in rows:
+            self.batch.add(row.token, row.position, row.sequence, row.output)
+        return self.compute()
+
+    def compute(self) -> NDArray[np.float32]:
+        """Run what was put into `batch`; returns and raises as `decode` does."""
+        self.batch.check(self._bounds)
+        self.kept = []
         with _interrupts_held() if self._capture else contextlib.nullcontext():
-            code = llama_cpp.llama_decode(self.handle, self._batch)
+            code = llama_cpp.llama_decode(self.handle, self.batch.native)
         if code != 0:
-            raise EngineError(
-                f"llama_decode returned {code} for {len(rows)} tokens (context of {self.n_ctx})",
-                problems=native.recent_log(),
-                hint="Code 1 means that the context is full: use shorter texts.",
-            )
-        self.n_decoded += len(rows)
-        n_outputs = sum(row.output for row in rows)
+            raise _failed_decode(code, self)
+        self.n_decoded += self.batch.n_tokens
+        n_outputs, n_vocab = self.batch.n_outputs, self.model.vocabulary.n_tokens
         if n_outputs == 0 or self._capture is not None:
-            return np.empty((0, self.model.vocabulary.n_tokens), np.float32)
+            return np.empty((0, n_vocab), np.float32)
         logits = llama_cpp.llama_get_logits(self.handle)
-        return np.ctypeslib.as_array(logits, (n_outputs, self.model.vocabulary.n_tokens))
+        return np.ctypeslib.as_array(logits, (n_outputs, n_vocab))
 
     def hidden(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """Hidden states after the last norm of the output rows, (n_outputs, d) float32.
@@ -120,21 +176,22 @@ class Context:
             raise EngineError(f"{self.model.base.architecture}: no node named result_norm")
         return self._capture.rows.reshape(-1, self.model.n_embd)
 
-    def _fill(self, rows: Sequence[Row]) -> None:
-        if not 0 < len(rows) <= self.n_batch:
-            raise EngineError(f"a batch of {len(rows)} tokens, 1 to {self.n_batch} are possible")
-        batch, n_vocab = self._batch, self.model.vocabulary.n_tokens
-        for i, row in enumerate(rows):
-            if not (0 <= row.token < n_vocab and 0 <= row.position < self.n_ctx):
-                raise EngineError(f"token {row.token} at {row.position}: outside the model")
-            if not 0 <= row.sequence < self.n_sequences:
-                raise EngineError(f"sequence {row.sequence} of {self.n_sequences}")
-            batch.token[i] = row.token
-            batch.pos[i] = row.position
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = row.sequence
-            batch.logits[i] = row.output
-        batch.n_tokens = len(rows)
+    def _refuse_sequences(self, *sequences: int) -> None:
+        for sequence in sequences:
+            if not 0 <= sequence < self.n_sequences:
+                raise EngineError(f"sequence {sequence} of {self.n_sequences}")
+
+
+def _failed_decode(code: int, context: Context) -> EngineError:
+    """What llama_decode's code means."""
+    what = f"llama_decode returned {code} for {context.batch.n_tokens} tokens"
+    if code == 1:
+        return ContextFull(
+            f"{what}: the context of {context.n_cells} is full", hint="Use shorter texts."
+        )
+    if code == 2:
+        return Aborted(f"{what}: it was stopped")
+    return EngineError(what, problems=native.recent_log())
 
 
 class _NodeCapture:
@@ -183,34 +240,56 @@ def open_context(
     n_sequences: int = 32,
     hidden: bool = False,
     exact: bool = False,
+    kv_type: str = "f16",
+    n_cells: int = 0,
+    n_ubatch: int = 0,
+    n_outputs: int = 0,
 ) -> Iterator[Context]:
     """Open a context over `model`, closed at the end of the block.
 
     Args:
-        n_ctx: KV cells; no more than the model was trained with are used.
-        n_batch: tokens of one decode; every one of them may be an output.
+        n_ctx: tokens of one sequence; no more than the model was trained with are used.
+        n_batch: tokens of one decode.
         n_sequences: sequences alive at once.
         hidden: for `Context.hidden`, which stops before the head.
         exact: F32 KV and no flash attention, for comparisons.
+        kv_type: of keys and values, a key of `KV_TYPES`.
+        n_cells: KV cells that all sequences share; 0 means n_ctx.
+        n_ubatch: tokens of one pass through the layers; 0 means n_batch.
+        n_outputs: tokens of one decode that may be outputs; 0 means all of them.
+
+    Raises:
+        EngineError: settings that this model does not allow.
     """
     parameters = llama_cpp.llama_context_default_params()
-    parameters.n_ctx = min(n_ctx, model.n_ctx_train)
-    parameters.n_batch = parameters.n_ubatch = min(n_batch, parameters.n_ctx)
-    parameters.n_outputs_max = parameters.n_outputs_max_per_seq = parameters.n_batch
+    n_ctx = min(n_ctx, model.n_ctx_train)
+    parameters.n_ctx = max(n_ctx, n_cells)
+    parameters.n_batch = min(n_batch, parameters.n_ctx)
+    parameters.n_ubatch = min(n_ubatch or n_batch, parameters.n_batch)
     parameters.n_seq_max = min(n_sequences, 256, parameters.n_batch)
+    # llama.cpp asserts that each sequence may have an output.
+    parameters.n_outputs_max = min(
+        max(n_outputs or n_batch, parameters.n_seq_max), parameters.n_batch
+    )
+    parameters.n_outputs_max_per_seq = parameters.n_outputs_max
     parameters.kv_unified = True
     parameters.n_threads = parameters.n_threads_batch = model.options.threads()
     parameters.no_perf = True
     if exact:
-        parameters.type_k = parameters.type_v = 0  # GGML_TYPE_F32
+        kv_type = "f32"
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if kv_type not in KV_TYPES:
+        raise EngineError(f"no KV type {kv_type}", hint=f"There are {', '.join(KV_TYPES)}.")
+    parameters.type_k = parameters.type_v = KV_TYPES[kv_type]
     capture = _NodeCapture() if hidden else None
     if capture is not None:
         parameters.cb_eval = capture.callback
     handle = llama_cpp.llama_init_from_model(model.handle, parameters)
     if not handle:
         raise EngineError("llama.cpp could not make a context", problems=native.recent_log())
-    context = Context(model, handle, capture)
+    # llama.cpp rounds cells up to 256; GPT-2 has no positions beyond those it was trained with.
+    n_positions = n_ctx if n_cells else min(llama_cpp.llama_n_ctx(handle), model.n_ctx_train)
+    context = Context(model, handle, capture, n_positions, parameters.n_outputs_max)
     try:
         yield context
     finally:

@@ -5,23 +5,15 @@ from __future__ import annotations
 import codecs
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
 
-from edgelora.engine.context import Context, Row
+from edgelora.engine.context import Context
+from edgelora.engine.sampling import Sampling, open_sampler
 from edgelora.errors import EngineError
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 0.95
-    min_p: float = 0.05
-    seed: int = 0
+__all__ = ["Sampling", "stream"]
 
 
 def stream(
@@ -30,7 +22,8 @@ def stream(
     """Yield the answer to `prompt` as it is made; a character is never split.
 
     There is one piece for each token ("" while a character is unfinished) and a last one for what
-    was left unfinished, so an answer that was cut has `max_tokens` + 1 pieces.
+    was left unfinished, so an answer that was cut has `max_tokens` + 1 pieces. What `prompt` shares
+    with the previous call on this context is not computed again.
 
     Raises:
         EngineError: the prompt and `max_tokens` do not fit the context, or it is empty.
@@ -43,38 +36,44 @@ def stream(
             f"a context of {context.n_ctx}",
             hint="Start a new conversation, or ask for fewer tokens.",
         )
-    context.clear()
-    for start in range(0, len(prompt), context.n_batch):
-        ids = prompt[start : start + context.n_batch]
-        context.decode(
-            [Row(t, start + i, 0, output=start + i == len(prompt) - 1) for i, t in enumerate(ids)]
-        )
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    with _sampler(sampling or Sampling()) as sampler:
-        for position in range(len(prompt), len(prompt) + max_tokens):
-            token = llama_cpp.llama_sampler_sample(sampler, context.handle, -1)
-            if context.model.vocabulary.is_end(token):
+    sampler = open_sampler(context.model, sampling or Sampling(), prompt)
+    with contextlib.closing(sampler):
+        logits = _read(context, prompt)
+        for _ in range(max_tokens):
+            token = sampler.sample(context, -1, logits[-1])
+            if sampler.ended or context.model.vocabulary.is_end(token):
                 break
             yield decoder.decode(context.model.vocabulary.decode([token]))
-            context.decode([Row(token, position, 0, output=True)])
+            logits = _compute(context, context.kept, [token])
     yield decoder.decode(b"", final=True)
 
 
-@contextlib.contextmanager
-def _sampler(sampling: Sampling) -> Iterator[Any]:
-    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-    if sampling.temperature <= 0:
-        parts = [llama_cpp.llama_sampler_init_greedy()]
+def _read(context: Context, prompt: Sequence[int]) -> NDArray[np.float32]:
+    """Compute what is new in the prompt; the logits after its last token."""
+    kept, n = context.kept, 0
+    while n < min(len(kept), len(prompt) - 1) and kept[n] == prompt[n]:
+        n += 1
+    if n:
+        context.truncate(0, n)
     else:
-        parts = [
-            llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1),
-            llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1),
-            llama_cpp.llama_sampler_init_temp(sampling.temperature),
-            llama_cpp.llama_sampler_init_dist(sampling.seed),
-        ]
-    for part in parts:
-        llama_cpp.llama_sampler_chain_add(chain, part)
-    try:
-        yield chain
-    finally:
-        llama_cpp.llama_sampler_free(chain)
+        context.clear()
+    known, logits = list(prompt[:n]), np.empty((0, 0), np.float32)
+    for start in range(n, len(prompt), context.n_batch):
+        ids = prompt[start : start + context.n_batch]
+        logits = _compute(context, known, ids, output=start + len(ids) == len(prompt))
+        known = context.kept
+    return logits
+
+
+def _compute(
+    context: Context, known: list[int], ids: Sequence[int], *, output: bool = True
+) -> NDArray[np.float32]:
+    """Add `ids` to sequence 0, which holds `known`; logits of the last one if it is an output."""
+    context.batch.clear()
+    context.batch.extend(ids[:-1], len(known), 0, False)
+    context.batch.add(ids[-1], len(known) + len(ids) - 1, 0, output)
+    logits = context.compute()
+    known.extend(ids)
+    context.kept = known
+    return logits

@@ -6,6 +6,7 @@ import collections
 import ctypes
 import functools
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,24 @@ def ggml_base() -> Any:
     ]
     library.ggml_backend_tensor_get.restype = None
     return library
+
+
+class Flag:
+    """A flag that llama.cpp asks between two nodes of a graph, as its abort callback.
+
+    A callback in Python would take the interpreter's lock a thousand times for each decode. What
+    is wanted of it (is the byte there set?) is what C's strlen answers for a string of that byte.
+    """
+
+    def __init__(self) -> None:
+        self._text = ctypes.create_string_buffer(2)
+        self.address = ctypes.c_void_p(ctypes.addressof(self._text))
+        library = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+        self.callback = ctypes.cast(library.strlen, llama_cpp.ggml_abort_callback)
+
+    def set(self, value: bool) -> None:
+        """Raise or lower it, from any thread."""
+        self._text[0] = b"\x01" if value else b"\x00"
 
 
 def system_info() -> str:

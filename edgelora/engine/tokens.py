@@ -22,10 +22,14 @@ _RSTRIP = llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
 
 
 class Vocabulary:
-    """A model's vocabulary. Texts are plain by default: nothing in them becomes a control token."""
+    """A model's vocabulary. Texts are plain by default: nothing in them becomes a control token.
+
+    Attributes:
+        handle: llama.cpp's own.
+    """
 
     def __init__(self, model: Any) -> None:
-        self._vocab = llama_cpp.llama_model_get_vocab(model)
+        self.handle = self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.n_tokens: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self._vocab)
         self.eos = self._known(llama_cpp.llama_vocab_eos(self._vocab))
@@ -51,6 +55,16 @@ class Vocabulary:
             for text, token in self.control_ids.items()
             if len(text) > 1 and not self._attribute(token) & _UNKNOWN
         )
+
+    @property
+    def silent_tokens(self) -> frozenset[int]:
+        """Tokens that `decode` gives no text for."""
+        return self._control_set
+
+    @functools.cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Every token that ends a turn."""
+        return frozenset(token for token in range(self.n_tokens) if self.is_end(token))
 
     @functools.cached_property
     def _inside_control(self) -> re.Pattern[str]:
