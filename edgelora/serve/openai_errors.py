@@ -15,7 +15,10 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from edgelora.errors import AlreadyExists, EdgeLoRAError, NotFound
+from edgelora.errors import AlreadyExists, EdgeLoRAError, NotFound, TemplateError
+from edgelora.serve.jobs import ContextOverflow, Draining, QueueFull, QueueTimeout
+from edgelora.serve.served import InvalidAdapterSet, InvalidName, ModelNotFound
+from edgelora.serve.server import NotReady
 
 logger = logging.getLogger("edgelora.serve")
 
@@ -120,19 +123,11 @@ def to_api_error(error: BaseException) -> ApiError:
     """What a client is told of an exception; details of unexpected ones go to the log only."""
     if isinstance(error, ApiError):
         return error
-    for kind, make in _KINDS.items():
-        if isinstance(error, kind):
-            return make(error)
+    for kind in type(error).__mro__:
+        if kind in _KINDS:
+            return _KINDS[kind](error)
     logger.error("an unexpected error in a request", exc_info=error)
     return ApiError(500, "The server failed on this request; its log says why.", code="internal")
-
-
-def register(kind: type[EdgeLoRAError], make: Callable[[Any], ApiError]) -> None:
-    """Say what a kind of error becomes; a kind's subclasses are registered before it."""
-    _KINDS.pop(kind, None)
-    items = [(kind, make), *_KINDS.items()]
-    _KINDS.clear()
-    _KINDS.update(items)
 
 
 def install(app: FastAPI) -> None:
@@ -183,7 +178,35 @@ def _from_edgelora(error: EdgeLoRAError) -> ApiError:
     return ApiError(500, error.what, code="engine_error")
 
 
-_KINDS: dict[type[BaseException], Callable[[Any], ApiError]] = {
+def _from_overflow(error: ContextOverflow) -> ApiError:
+    # OpenAI's own words: clients look for them, and for the code.
+    return bad_request(
+        f"This model's maximum context length is {error.n_ctx} tokens. However, you requested "
+        f"{error.n_prompt + error.max_tokens} tokens ({error.n_prompt} in the prompt, "
+        f"{error.max_tokens} in the completion). Please reduce the length of either.",
+        code="context_length_exceeded",
+    )
+
+
+def _from_full_queue(error: QueueFull) -> ApiError:
+    return ApiError(
+        429,
+        "Too many requests are waiting. Try again later.",
+        code="rate_limit_exceeded",
+        retry_after_s=error.retry_after_s,
+    )
+
+
+_KINDS: dict[type, Callable[[Any], ApiError]] = {
+    ContextOverflow: _from_overflow,
+    QueueFull: _from_full_queue,
+    QueueTimeout: lambda error: unavailable(error.what, "queue_timeout"),
+    NotReady: lambda error: unavailable(error.what, "not_ready"),
+    Draining: lambda error: unavailable(error.what, "draining"),
+    ModelNotFound: lambda error: ApiError(404, error.what, param="model", code="model_not_found"),
+    InvalidAdapterSet: lambda error: bad_request(error.what, "lora"),
+    InvalidName: lambda error: bad_request(str(error), "name"),
+    TemplateError: lambda error: bad_request(str(error), "messages", "template_error"),
     NotFound: lambda error: ApiError(404, str(error), code="not_found"),
     AlreadyExists: lambda error: ApiError(409, str(error), code="already_exists"),
     EdgeLoRAError: _from_edgelora,

@@ -1,0 +1,103 @@
+"""How many requests of how many tokens fit the memory that is free."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from edgelora.adapters.base import Base
+from edgelora.engine.needs import Needs
+from edgelora.errors import EdgeLoRAError
+
+_BYTES_OF = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_WANTED_CTX, _WANTED_SLOTS, _SMALLEST_CTX = 4096, 4, 512
+# KV takes at most this share of what is free beside the weights: adapters, batches and whatever
+# else runs on the machine need the rest.
+_SHARE = 0.5
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Room:
+    """Slots, the tokens of each, and the KV cells that they take together."""
+
+    n_slots: int
+    n_ctx: int
+    kv_bytes: int
+
+    def describe(self, kv_type: str) -> str:
+        """One line for the person who starts the server."""
+        return (
+            f"{self.n_slots} slots of {self.n_ctx:,} tokens; "
+            f"KV cache {self.kv_bytes / 1e6:,.0f} MB ({kv_type})"
+        )
+
+
+def token_bytes(base: Base, kv_type: str) -> float:
+    """Bytes of the keys and values of one token: 128 KiB for Mistral 7B in f16."""
+    return 2 * base.n_layer * base.n_head_kv * base.head_dim * _BYTES_OF[kv_type]
+
+
+def fit(
+    base: Base,
+    needs: Needs,
+    *,
+    n_ctx_train: int,
+    available_bytes: int,
+    kv_type: str = "f16",
+    n_slots: int = 0,
+    n_ctx: int = 0,
+) -> Room:
+    """Slots and context for the free memory; what is given (not 0) stays as it is.
+
+    Slots are given up before tokens, down to one slot of 512.
+
+    Args:
+        available_bytes: free now, with the base's weights not counted as free.
+
+    Raises:
+        EdgeLoRAError: what was asked for, or the least that is useful, does not fit.
+    """
+    each = token_bytes(base, kv_type)
+    free = available_bytes - needs.logits_bytes
+    budget = _SHARE * max(free, 0)
+    slots = n_slots or _WANTED_SLOTS
+    ctx = min(n_ctx or _WANTED_CTX, n_ctx_train)
+    while slots * ctx * each > budget:
+        if not n_slots and slots > 1:
+            slots -= 1
+        elif not n_ctx and ctx > _SMALLEST_CTX:
+            ctx = max(_SMALLEST_CTX, ctx // 2)
+        else:
+            break
+    room = Room(slots, ctx, round(slots * ctx * each))
+    if room.kv_bytes > max(free, 0):
+        megabytes = max(free, 0) / 1e6
+        raise EdgeLoRAError(
+            f"{base.path.name}: {room.describe(kv_type)}; {megabytes:,.0f} MB are free for it",
+            hint="Try --kv-type q8_0, fewer --slots, a smaller --context, or --low-ram.",
+        )
+    return room
+
+
+def available_bytes() -> int:
+    """Memory that is free or can be freed, within the limit of this process's cgroup if any."""
+    free: int = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((_CGROUP / "memory.current").read_text())
+            free = min(free, int(limit) - used + _inactive_file())
+    return max(free, 0)
+
+
+def _inactive_file() -> int:
+    """Page cache that counts as used by the cgroup and leaves when memory is wanted."""
+    for line in (_CGROUP / "memory.stat").read_text().splitlines():
+        name, _, value = line.partition(" ")
+        if name == "inactive_file":
+            return int(value)
+    return 0
