@@ -1,0 +1,100 @@
+"""A generation as an HTTP answer: whole, or streamed; either ends when its client has gone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from edgelora.serve.generation import Generation, Outcome
+from edgelora.serve.jobs import Event
+from edgelora.serve.openai_errors import ApiError, to_api_error
+from edgelora.serve.streaming import ClientGone, EventStream, data, encode, until_gone
+
+Numbered = AsyncGenerator[tuple[int, Event], None]
+# For the OpenAPI document: what a route that may stream answers with.
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer: an object, or with `stream` its events one after another.",
+        "content": {
+            "application/json": {"schema": {"type": "object"}},
+            "text/event-stream": {"schema": {"type": "string"}},
+        },
+    }
+}
+_CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is what the log and the metrics count
+
+
+async def answer_whole(
+    request: Request,
+    generation: Generation,
+    render: Callable[[list[Outcome]], dict[str, Any]],
+    headers: dict[str, str],
+) -> Response:
+    """Wait for all choices and answer with what `render` makes of them."""
+
+    async def work() -> bytes:
+        return encode(render(await generation.collect()))
+
+    try:
+        generation.start()
+        return await whole_or_gone(request, work(), headers)
+    finally:
+        generation.cancel()
+
+
+async def whole_or_gone(
+    request: Request, work: Coroutine[Any, Any, bytes], headers: dict[str, str] | None = None
+) -> Response:
+    """The JSON that `work` gives as an answer; it is cancelled when the client leaves."""
+    try:
+        body = await until_gone(request.receive, work)
+    except ClientGone:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+    return Response(body, headers=headers, media_type="application/json")
+
+
+async def answer_stream(
+    request: Request,
+    generation: Generation,
+    render: Callable[[Numbered], AsyncGenerator[bytes, None]],
+    headers: dict[str, str],
+    render_error: Callable[[ApiError], bytes] = lambda error: data(error.body()),
+) -> Response:
+    """Begin a stream once the first prompt is computed; until then an error has its own status."""
+    events = generation.events()
+    try:
+        generation.start()
+        first = await until_gone(request.receive, _next(events))
+    except BaseException as error:
+        generation.cancel()
+        if isinstance(error, ClientGone):
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        raise
+    stream = _ending_with_error(render(_resumed(first, events)), render_error)
+    return EventStream(stream, generation.cancel, headers)
+
+
+async def _next(events: Numbered) -> tuple[int, Event]:
+    return await anext(events)
+
+
+async def _resumed(first: tuple[int, Event], events: Numbered) -> Numbered:
+    yield first
+    async for event in events:
+        yield event
+
+
+async def _ending_with_error(
+    stream: AsyncGenerator[bytes, None], render_error: Callable[[ApiError], bytes]
+) -> AsyncGenerator[bytes, None]:
+    """The stream; the status has been sent, so an error is the last event of the stream."""
+    try:
+        async with contextlib.aclosing(stream) as events:
+            async for event in events:
+                yield event
+    except Exception as error:
+        yield render_error(to_api_error(error))
