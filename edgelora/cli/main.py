@@ -15,6 +15,7 @@ COMMANDS = {
     "show": "Print how an adapter was made.",
     "eval": "Compare the base and adapters on a dataset.",
     "chat": "Talk to the base with an adapter.",
+    "serve": "An OpenAI-compatible server for the base and adapters.",
     "cache": "List or clear the cache of embeddings.",
     "doctor": "This machine: CPU features, RAM, llama.cpp, what fits.",
     "demo": "Build and evaluate an adapter for one of the examples.",

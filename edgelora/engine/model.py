@@ -36,10 +36,12 @@ class ModelOptions:
     Attributes:
         n_threads: 0 means one for each physical core.
         low_ram: weights stay memory-mapped; llama.cpp's faster repacked copies are not made.
+        mlock: mapped weights are locked in RAM; a warning where the system refuses.
     """
 
     n_threads: int = 0
     low_ram: bool = False
+    mlock: bool = False
 
     def threads(self) -> int:
         """The number of threads that llama.cpp is given."""
@@ -143,13 +145,18 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
     native.start()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
-    parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    parameters.load_mode = (
+        llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK if options.mlock else llama_cpp.LLAMA_LOAD_MODE_MMAP
+    )
     warning = "" if options.low_ram else amx.warning()
     parameters.use_extra_bufts = not options.low_ram and not warning
     handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
     if not handle:
         raise EngineError(f"{path}: llama.cpp refused the model", problems=native.recent_log())
-    model = Model(base, handle, options, (warning,) if warning else ())
+    warnings = [warning] if warning else []
+    if options.mlock:
+        warnings += [line for line in native.recent_log(40) if "mlock" in line]
+    model = Model(base, handle, options, tuple(warnings))
     try:
         yield model
     finally:

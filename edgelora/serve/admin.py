@@ -9,11 +9,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from edgelora.errors import EdgeLoRAError, EngineError
 from edgelora.serve import monitoring
 from edgelora.serve.openai_errors import ApiError, ErrorBody, bad_request, responses
+from edgelora.serve.schema import encodable
 from edgelora.serve.security import state_problems
 from edgelora.serve.served import ModelNotFound, Registry, Served
 from edgelora.serve.server import Server
@@ -91,7 +92,7 @@ class Content(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    content: str
+    content: Annotated[str, AfterValidator(encodable)]
     add_special: bool = Field(default=False, description="Begin with BOS, where the base has it.")
 
 

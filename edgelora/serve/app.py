@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from edgelora import __version__
-from edgelora.serve import admin, openai_errors, pages
+from edgelora.serve import (
+    admin,
+    chat,
+    completions,
+    embeddings,
+    openai_errors,
+    pages,
+    responses,
+)
 from edgelora.serve.security import Guard
 from edgelora.serve.server import Server
 
-_ROUTERS = ("chat", "completions", "responses", "embeddings")
+_ROUTERS = (
+    admin.router, chat.router, completions.router, responses.router, embeddings.router
+)  # fmt: skip
 _ABOUT = "OpenAI's API for a base model and LoRA adapters on a CPU; each adapter is a model id."
 # FastAPI can report requests to a collector that the environment names; a local server does not.
 _SILENT: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
@@ -31,9 +40,8 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     openai_errors.install(app)
-    app.include_router(admin.router)
-    for name in _ROUTERS:
-        app.include_router(importlib.import_module(f"edgelora.serve.{name}").router)
+    for router in _ROUTERS:
+        app.include_router(router)
     found = pages.read_pages()
     pages.add_pages(app, found)
     app.add_middleware(Guard, server=server, open_paths=found)

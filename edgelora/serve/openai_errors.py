@@ -101,6 +101,15 @@ class ApiError(Exception):
         return Response(content, self.status, self.headers, media_type="application/json")
 
 
+class EarlyError(HTTPException):
+    """An ApiError raised while FastAPI reads a body: it lets HTTPExceptions through, and makes
+    400 of everything else."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.status, error.message)
+        self.error = error
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that can never be answered as it is."""
     return ApiError(400, message, param=param, code=code)
@@ -140,10 +149,9 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return from_validation(error.errors()).response()
 
-    async def on_http(_request: Request, error: Exception) -> Response:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        known = ApiError(error.status_code, str(error.detail))
-        answer = known.response()
+        answer = _from_http(error, f"{request.method} {request.url.path}").response()
         answer.headers.update(error.headers or {})  # Allow, for 405
         return answer
 
@@ -158,6 +166,14 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     problems = [f"{_field(error)}: {error['msg']}".removeprefix(": ") for error in errors]
     shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
     return bad_request("; ".join(shown), param=_field(errors[0]) or None if errors else None)
+
+
+def _from_http(error: HTTPException, asked: str) -> ApiError:
+    if isinstance(error, EarlyError):
+        return error.error
+    if error.status_code in (404, 405):
+        return ApiError(error.status_code, f"Invalid URL or method ({asked})", code="unknown_url")
+    return ApiError(error.status_code, str(error.detail))
 
 
 def _field(error: Mapping[str, Any]) -> str:

@@ -6,10 +6,9 @@ import hmac
 from collections.abc import Collection, Iterator
 from urllib.parse import urlsplit
 
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgelora.serve.openai_errors import ApiError, unavailable
+from edgelora.serve.openai_errors import ApiError, EarlyError, unavailable
 from edgelora.serve.server import Server
 from edgelora.serve.settings import is_loopback
 
@@ -118,14 +117,6 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"The body is larger than {limit:,} bytes.", code="body_too_large")
 
 
-class BodyTooLarge(HTTPException):
-    """Raised while a body is read; FastAPI lets an HTTPException of its reader through."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(413)
-        self.error = too_large(limit)
-
-
 def _limited(receive: Receive, limit: int) -> Receive:
     n_bytes = 0
 
@@ -134,7 +125,7 @@ def _limited(receive: Receive, limit: int) -> Receive:
         message = await receive()
         n_bytes += len(message.get("body", b""))
         if n_bytes > limit:
-            raise BodyTooLarge(limit)
+            raise EarlyError(too_large(limit))
         return message
 
     return counted

@@ -152,7 +152,7 @@ class Server:
         from edgelora.serve.scheduler import Scheduler
 
         s = self.settings
-        options = ModelOptions(n_threads=s.n_threads, low_ram=s.low_ram)
+        options = ModelOptions(n_threads=s.n_threads, low_ram=s.low_ram, mlock=s.mlock)
         self._model = self._opened.enter_context(open_model(s.base, options))
         for warning in self._model.warnings:
             self._warn(warning)
@@ -217,28 +217,33 @@ class Server:
             max_scale=s.limits.max_scale,
             max_adapters=s.limits.max_adapters,
         )
+        named = {str(path) for path in s.adapters if s.bank is not None and not path.is_file()}
         for path in s.adapters:
-            registry.add(path)
+            if str(path) not in named:
+                registry.add(path)
         if s.bank is not None:
-            self._add_bank(s.bank, registry)
+            self._add_bank(s.bank, registry, named)
         for served in registry.adapters():
             if served.kept and served.path is not None:
                 model.adapter(served.path)
                 registry.note_loaded(served.id)
         return registry
 
-    def _add_bank(self, bank: Path, registry: Registry) -> None:
+    def _add_bank(self, folder: Path, registry: Registry, named: set[str]) -> None:
+        """Every adapter of the bank that is for this base; those in `named` stay in memory."""
         from edgelora.bank.opening import open_bank
 
-        identity = registry.base.identity.id
-        others = 0
-        for record in open_bank(bank).records():
-            if record.base_id != identity:
-                others += 1
+        bank, n_others = open_bank(folder), 0
+        for name in sorted(named):
+            bank.open(name, registry.base)  # says what is wrong with a name that is not there
+        for record in bank.records():
+            if record.base_id != registry.base.identity.id:
+                n_others += 1
                 continue
-            registry.add_from_bank(record.path, record.name, kept=self.settings.load_all)
-        if others:
-            self._warn(f"{bank}: {others} adapters are for another base and are left out")
+            kept = self.settings.load_all or record.name in named
+            registry.add_from_bank(record.path, record.name, kept=kept)
+        if n_others:
+            self._warn(f"{folder}: {n_others} adapters are for another base and are left out")
 
 
 @contextlib.contextmanager

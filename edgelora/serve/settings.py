@@ -68,7 +68,8 @@ class Settings:
 
     Attributes:
         base: the GGUF file, and base_id: its id among the models ("" for the file's stem).
-        adapters: GGUF LoRA files that are loaded at the start; each is a model id by its stem.
+        adapters: GGUF LoRA files, and names of the bank's, that are loaded at the start; each is
+            a model id by its stem.
         bank: a bank whose adapters for this base are known, and loaded when first asked for.
         adapter_folder: where POST /v1/adapters may load from; None for the bank's folder, or for
             nowhere where there is no bank.
