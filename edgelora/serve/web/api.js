@@ -20,6 +20,11 @@ export async function listModels() {
   return (await reply.json()).data;
 }
 
+// One model with all that its file tells, e.g. its sources.
+export async function getModel(id) {
+  return (await request(`v1/models/${encodeURIComponent(id)}`)).json();
+}
+
 // Yields the chunks of one answer, the last of which has the usage.
 export async function* streamAnswer(body, signal) {
   const reply = await request("v1/chat/completions", {

@@ -1,6 +1,6 @@
 // The page: which models, the questions, and their answers as they come.
 
-import { keepKey, listModels, streamAnswer } from "./api.js";
+import { getModel, keepKey, listModels, streamAnswer } from "./api.js";
 import { element } from "./dom.js";
 import { originOf } from "./origin.js";
 
@@ -18,12 +18,14 @@ async function start() {
     models = await listModels();
   } catch (error) {
     report(error);
-    part("retry").hidden = error.status === 401;
+    const isLoading = error.code === "not_ready";
+    if (isLoading) setTimeout(start, 1000);
+    part("retry").hidden = isLoading || error.status === 401;
     return;
   }
   report(null);
   const ids = models.map(({ id }) => [id, id]);
-  fill(model, ids, models.find(({ edgelora }) => edgelora)?.id);
+  fill(model, ids, models.find(isAdapter)?.id);
   fill(other, [["", "no other"], ...ids], "");
   part("choice").hidden = false;
   other.parentElement.hidden = models.length < 2;
@@ -40,18 +42,26 @@ function chosen() {
   return [...new Set([model.value, other.value])].filter(Boolean);
 }
 
-function showChoice() {
+function isAdapter({ edgelora }) {
+  return edgelora?.kind === "adapter";
+}
+
+async function showChoice() {
   const ids = chosen();
   document.body.classList.toggle("comparing", ids.length > 1);
-  const adapters = models.filter(({ id, edgelora }) => ids.includes(id) && edgelora);
-  part("origins").replaceChildren(...adapters.map(({ id, edgelora }) => originOf(id, edgelora)));
+  const adapters = models.filter((each) => ids.includes(each.id) && isAdapter(each));
+  const origins = await Promise.all(adapters.map(({ id }) => getModel(id).then(originOf).catch(problem)));
+  if (String(ids) === String(chosen())) part("origins").replaceChildren(...origins);
 }
 
 // What went wrong before there is an answer to show it under; a missing key is asked for.
 function report(error) {
   const form = part("key-form");
   const asks = error?.status === 401;
-  part("problem").replaceChildren(...(error ? [problem(error)] : []));
+  // The same words again are not announced again.
+  if (part("problem").textContent !== (error?.message ?? "")) {
+    part("problem").replaceChildren(...(error ? [problem(error)] : []));
+  }
   form.hidden = !asks;
   if (asks) part("key").focus();
 }

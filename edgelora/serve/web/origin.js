@@ -3,6 +3,7 @@
 import { element } from "./dom.js";
 
 const TITLES = {
+  description: "About",
   operator: "Chosen by",
   distance: "Distance",
   method: "Combined by",
@@ -16,22 +17,22 @@ const TITLES = {
   source: "Data",
   licence: "Licence",
   tool: "Made by",
+  file: "File",
 };
 
-export function originOf(id, details) {
-  const provenance = details.provenance ?? {};
-  const sources = Array.isArray(provenance.sources) ? provenance.sources : [];
-  const summary = element("summary", `How ${id} was made`);
-  const own = { ...details, ...provenance };
-  return element(
-    "details",
-    summary,
-    factsOf(own),
-    sources.length ? barsOf(sources, provenance.distances ?? {}) : element("p", "It is not combined from others."),
-  );
+// Takes an answer of GET /v1/models/{id}.
+export function originOf({ id, edgelora }) {
+  const { provenance, problem } = edgelora;
+  const sources = [provenance?.sources ?? []].flat().filter((source) => source instanceof Object);
+  const end = sources.length
+    ? barsOf(sources, provenance.distances ?? {})
+    : element("p.note", problem ?? "It is not combined from others.");
+  return element("details", element("summary", `How ${id} was made`), factsOf(edgelora), end);
 }
 
-function factsOf(own) {
+function factsOf({ ranks, provenance, ...facts }) {
+  const rank = ranks && [...new Set(ranks)].join("–");
+  const own = { ...provenance, ...facts, rank };
   const list = element("dl.facts");
   for (const [key, title] of Object.entries(TITLES)) {
     const value = own[key];
