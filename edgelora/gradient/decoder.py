@@ -1,0 +1,195 @@
+"""A base as a function of its adapters: the loss of examples, and the gradients of that loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelora.adapters.base import Base, read_base
+from edgelora.engine.score import Score, TokenisedExample
+from edgelora.gguf_file import open_gguf
+from edgelora.gradient import layers
+from edgelora.gradient.block import Block, Linears, Rows
+from edgelora.gradient.head import Head, Objective
+from edgelora.gradient.hyperparameters import (
+    EMBEDDING,
+    ROPE_FACTORS,
+    Hyperparameters,
+    read_hyperparameters,
+    rope_angles,
+)
+from edgelora.gradient.kept import open_stack
+from edgelora.gradient.observers import Observer
+from edgelora.gradient.packing import Pack, packs, refuse_unusable
+from edgelora.gradient.updates import Updates
+from edgelora.gradient.weights import Array, Weights
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How a pass is run.
+
+    Attributes:
+        max_tokens: rows that are computed together; memory grows with them.
+        share: compute the prefix that all prompts begin with once for each pack.
+        scratch: a folder for a temporary file that keeps the blocks' inputs; None keeps them in
+            memory (n_layer x rows x d values).
+        objective: what is minimised: layers.cross_entropy, or layers.entropy for texts without
+            answers (give each any one token as its completion).
+    """
+
+    max_tokens: int = 1024
+    share: bool = True
+    scratch: Path | None = None
+    objective: Objective = layers.cross_entropy
+
+
+class Decoder:
+    """A llama, qwen2 or qwen3 base whose weights stay in their file."""
+
+    def __init__(self, base: Base, model: Hyperparameters, weights: Weights) -> None:
+        self.base = base
+        self.model = model
+        self.weights = weights
+
+    def logits(self, ids: Sequence[int], updates: Updates) -> Array:
+        """What follows each token of one text, (n tokens, vocabulary), for comparisons.
+
+        Raises:
+            EdgeLoRAError: a text that is empty, too long or outside the vocabulary.
+        """
+        text = TokenisedExample(tuple(ids[:1]), (*ids[1:], 0))  # every token predicts one
+        (pack,) = self._packs([text], PassOptions(max_tokens=len(ids)))
+        linears = Linears(self.weights, updates)
+        return Head(linears, self.model).logits(self._hidden(pack, linears, lambda n_blocks: None))
+
+    def losses(
+        self,
+        examples: Sequence[TokenisedExample],
+        updates: Updates,
+        options: PassOptions | None = None,
+        progress: Progress = lambda n_blocks: None,
+    ) -> list[Score]:
+        """The objective of each example, summed over its completion; a forward only.
+
+        Args:
+            updates: the adapters' part of each matrix, {} for the base.
+            progress: called with 1 after each block.
+
+        Raises:
+            EdgeLoRAError: examples that are empty, too long or outside the vocabulary.
+        """
+        options = options or PassOptions()
+        values = np.zeros(len(examples))
+        for pack in self._packs(examples, options):
+            linears = Linears(self.weights, updates)
+            x = self._hidden(pack, linears, progress)[pack.outputs]
+            losses = Head(linears, self.model).losses(x, pack.targets, options.objective)
+            np.add.at(values, pack.owners, losses)
+        return _scores(values, examples)
+
+    def gradients(
+        self,
+        examples: Sequence[TokenisedExample],
+        updates: Updates,
+        observe: Observer,
+        options: PassOptions | None = None,
+        progress: Progress = lambda n_blocks: None,
+    ) -> list[Score]:
+        """One gradient pass: forward, and back through every matrix, which `observe` is shown.
+
+        What it is shown belongs to the mean over all completion tokens, `mean_loss(result)`.
+
+        Args:
+            progress: called with 1 after each block, three times a block in all.
+
+        Returns:
+            the same as `losses`.
+
+        Raises:
+            EdgeLoRAError: examples that are empty, too long or outside the vocabulary.
+        """
+        options = options or PassOptions()
+        values = np.zeros(len(examples))
+        weight = 1 / max(1, sum(len(example.completion) for example in examples))
+        for pack in self._packs(examples, options):
+            losses = self._forward_backward(pack, updates, observe, options, weight, progress)
+            np.add.at(values, pack.owners, losses)
+        return _scores(values, examples)
+
+    def count_rows(self, examples: Sequence[TokenisedExample], options: PassOptions) -> int:
+        """Rows of tokens that one pass computes."""
+        return sum(len(pack.tokens) for pack in self._packs(examples, options))
+
+    def _hidden(self, pack: Pack, linears: Linears, progress: Progress) -> Array:
+        x = self.weights.embed(EMBEDDING, pack.tokens)
+        for block in self._blocks(pack, linears):
+            x = block.forward(x)
+            progress(1)
+        return x
+
+    def _forward_backward(
+        self,
+        pack: Pack,
+        updates: Updates,
+        observe: Observer,
+        options: PassOptions,
+        weight: float,
+        progress: Progress,
+    ) -> Array:
+        linears = Linears(self.weights, updates)
+        blocks = self._blocks(pack, linears)
+        x = self.weights.embed(EMBEDDING, pack.tokens)
+        with open_stack(options.scratch, len(blocks), x) as inputs:
+            for block in blocks:
+                inputs.append(x)
+                x = block.forward(x)
+                progress(1)
+            d_x = np.zeros_like(x)
+            losses, d_x[pack.outputs] = Head(linears, self.model).gradients(
+                x[pack.outputs], pack.targets, options.objective, weight, observe
+            )
+            for block in reversed(blocks):
+                d_x = block.backward(d_x, inputs.pop(), observe)
+                progress(2)
+        return losses
+
+    def _packs(self, examples: Sequence[TokenisedExample], options: PassOptions) -> Sequence[Pack]:
+        longest = min(self.model.n_ctx, self.model.window or self.model.n_ctx)
+        refuse_unusable(examples, self.model.n_vocab, longest)
+        return list(packs(examples, max_tokens=options.max_tokens, share=options.share))
+
+    def _blocks(self, pack: Pack, linears: Linears) -> list[Block]:
+        factors = self.weights.vector(ROPE_FACTORS) if ROPE_FACTORS in self.weights else None
+        angles = rope_angles(self.model, pack.positions, factors)
+        cos, sin = (part.astype(self.weights.dtype) for part in angles)
+        rows = Rows(pack.spans, cos, sin)
+        return [Block(i, linears, self.model, rows) for i in range(self.model.n_layer)]
+
+
+def open_decoder(path: Path, dtype: type[np.floating[Any]] = np.float32) -> Decoder:
+    """A base to derive: only its header is read.
+
+    Args:
+        dtype: in which all is computed: float32 to work, float64 to test.
+
+    Raises:
+        NotFound, InvalidFile: no sound GGUF of a language model.
+        UnsupportedFile: a model that is not known to be computed exactly; what is unknown is named.
+    """
+    base = read_base(path)
+    gguf = open_gguf(path)
+    return Decoder(base, read_hyperparameters(base, gguf), Weights(gguf, dtype))
+
+
+def _scores(values: Array, examples: Sequence[TokenisedExample]) -> list[Score]:
+    return [
+        Score(float(value), len(example.completion))
+        for value, example in zip(values, examples, strict=True)
+    ]

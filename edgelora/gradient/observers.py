@@ -1,0 +1,116 @@
+"""What a backward pass leaves behind: gradients of coefficients, or of the factors of an adapter.
+
+An observer is called with the name of a matrix W, its input x (t, in) and the gradient g (t, out)
+at its output, for every matrix that a pass goes back through; it adds up over calls.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.adapters.gguf_lora import LoraFile
+from edgelora.adapters.lora import LoraPair
+from edgelora.gradient.layers import low_rank_factors
+from edgelora.gradient.weights import Array
+
+Observer = Callable[[str, Array, Array], None]
+
+# Rows of stacked factors that are in float at a time: 16 MB each at an embedding of 4,096.
+STACKED_RANK = 1024
+
+
+class CoefficientGradients:
+    """dL/dc of every adapter of a bank in every tensor: c multiplies s B A.
+
+    `dL/dc_i = s_i sum_t (g B_i)_t . (x A_i^T)_t`: it is linear, so it does not depend on the
+    coefficients at which the pass was run, except through x and g.
+
+    Attributes:
+        names: the n_tensors tensors that any adapter updates.
+        values: (k, n_tensors) float64; 0 where an adapter does not update a tensor.
+    """
+
+    def __init__(self, adapters: Sequence[LoraFile], stacked_rank: int = STACKED_RANK) -> None:
+        self.names = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.plan))
+        self.values = np.zeros((len(adapters), len(self.names)))
+        self._adapters = adapters
+        self._columns = {name: column for column, name in enumerate(self.names)}
+        self._stacked_rank = stacked_rank
+
+    def __call__(self, name: str, x: Array, g: Array) -> None:
+        """Add the gradients of one matrix."""
+        if name not in self._columns:
+            return
+        for group in self._groups(name):
+            pairs = [self._adapters[index].pair(name) for index in group]
+            ranks = [pair.rank for pair in pairs]
+            stacked_a, stacked_b = _stack(pairs, x)
+            products = x @ stacked_a.T
+            products *= g @ stacked_b
+            starts = np.cumsum([0, *ranks[:-1]])
+            sums = np.add.reduceat(products.sum(axis=0, dtype=np.float64), starts)
+            scales = np.array([pair.scale for pair in pairs])
+            self.values[group, self._columns[name]] += scales * sums
+
+    def _groups(self, name: str) -> Iterator[list[int]]:
+        """Adapters that update a tensor, as many at a time as may be stacked."""
+        group: list[int] = []
+        rank = 0
+        for index, adapter in enumerate(self._adapters):
+            if name not in adapter.plan:
+                continue
+            if group and rank + adapter.rank(name) > self._stacked_rank:
+                yield group
+                group, rank = [], 0
+            group.append(index)
+            rank += adapter.rank(name)
+        if group:
+            yield group
+
+
+class FactorGradients:
+    """dL/dA and dL/dB of the pairs of one adapter.
+
+    Attributes:
+        values: tensor name -> (d_a (r, in), d_b (out, r)).
+    """
+
+    def __init__(self, pairs: Mapping[str, LoraPair]) -> None:
+        self.values: dict[str, tuple[Array, Array]] = {}
+        self._pairs = pairs
+
+    def __call__(self, name: str, x: Array, g: Array) -> None:
+        """Add the gradients of one matrix."""
+        pair = self._pairs.get(name)
+        if pair is None:
+            return
+        lora_a, lora_b = np.asarray(pair.lora_a, x.dtype), np.asarray(pair.lora_b, x.dtype)
+        d_a, d_b = low_rank_factors(g, x, lora_a, lora_b, pair.scale)
+        before = self.values.get(name)
+        self.values[name] = (before[0] + d_a, before[1] + d_b) if before else (d_a, d_b)
+
+
+def per_adapter(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The gradients of one weight for each whole adapter, (k,)."""
+    return np.asarray(values.sum(axis=1))
+
+
+def per_layer(values: NDArray[np.float64], names: Sequence[str]) -> NDArray[np.float64]:
+    """The gradients of one weight for each adapter in each layer, (k, n_layers).
+
+    Layers without any tensor are left out; tensors outside the blocks are one more, the last.
+    """
+    matches = [re.match(r"blk\.(\d+)\.", name) for name in names]
+    layers = np.array([float(match[1]) if match else np.inf for match in matches])
+    return np.asarray(values @ (layers[:, None] == np.unique(layers)))
+
+
+def _stack(pairs: Sequence[LoraPair], like: Array) -> tuple[Array, Array]:
+    """Every A below the other and every B beside the other, in the dtype of `like`."""
+    stacked_a = np.concatenate([pair.lora_a for pair in pairs], dtype=like.dtype)
+    stacked_b = np.concatenate([pair.lora_b for pair in pairs], axis=1, dtype=like.dtype)
+    return stacked_a, stacked_b

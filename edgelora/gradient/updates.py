@@ -1,0 +1,78 @@
+"""What is added to the base's matrices in a pass: one adapter, or a combination of many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgelora.adapters.base import Base
+from edgelora.adapters.gguf_lora import LoraFile, check
+from edgelora.adapters.lora import LoraPair
+from edgelora.errors import IncompatibleAdapter, UnsupportedFile
+from edgelora.gradient.hyperparameters import EMBEDDING
+
+Updates = Mapping[str, LoraPair]
+
+
+class Combined(Mapping[str, LoraPair]):
+    """`sum_i c_i s_i B_i A_i`, with coefficients for each tensor; stacked when asked for.
+
+    A tensor whose coefficients are all zero is not in it.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[LoraFile],
+        coefficients: Mapping[str, Sequence[float]],
+        dtype: type[np.floating[Any]] = np.float32,
+    ) -> None:
+        """Coefficients: for each tensor's name, one for each adapter."""
+        self.adapters = adapters
+        self.coefficients = coefficients
+        self._dtype = dtype
+        self._used = {
+            name: used
+            for name, row in coefficients.items()
+            if (used := [i for i, c in enumerate(row) if c and name in adapters[i].plan])
+        }
+
+    def __getitem__(self, name: str) -> LoraPair:
+        row = self.coefficients[name]
+        pairs = [(float(row[i]), self.adapters[i].pair(name)) for i in self._used[name]]
+        lora_a = np.concatenate([pair.lora_a for _, pair in pairs], dtype=self._dtype)
+        lora_b = np.concatenate([pair.lora_b for _, pair in pairs], axis=1, dtype=self._dtype)
+        ranks = [pair.rank for _, pair in pairs]
+        lora_b *= np.repeat([c * pair.scale for c, pair in pairs], ranks).astype(self._dtype)
+        return LoraPair(name, lora_a, lora_b, 1.0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._used)
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+
+def of_adapter(adapter: LoraFile) -> Updates:
+    """One adapter as it is; factors stay memory-mapped."""
+    return {pair.name: pair for pair in adapter.pairs()}
+
+
+def refuse_misfits(adapters: Sequence[LoraFile], base: Base) -> None:
+    """Check that gradients of these adapters exist on this base.
+
+    Raises:
+        IncompatibleAdapter: names, shapes or identity differ.
+        UnsupportedFile: an adapter of the input embedding, whose input is no row of activations.
+    """
+    for adapter in adapters:
+        problems = check(adapter, base)
+        if problems:
+            raise IncompatibleAdapter(
+                f"{adapter.path}: does not fit {base.path.name}", problems=problems[:20]
+            )
+        if EMBEDDING in adapter.plan:
+            raise UnsupportedFile(
+                f"{adapter.path}: adapts {EMBEDDING}, whose gradient is not computed here"
+            )

@@ -1,0 +1,99 @@
+"""Products with the matrices of a memory-mapped GGUF, of which one tile is in float at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from numpy.typing import NDArray
+
+from edgelora.engine.dequantize import dequantize
+from edgelora.gguf_file import GGUFFile
+
+Array = NDArray[np.floating[Any]]
+
+TILE_WEIGHTS = 4 << 20
+
+
+class Weights:
+    """The tensors of a GGUF as operators on rows of activations.
+
+    Attributes:
+        dtype: in which everything is computed: float32 to work, float64 to test.
+    """
+
+    def __init__(
+        self, gguf: GGUFFile, dtype: type[np.floating[Any]] = np.float32, tile: int = TILE_WEIGHTS
+    ) -> None:
+        self.gguf = gguf
+        self.dtype = dtype
+        self._tile = tile
+        self._buffer = np.empty(0, np.float32)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.gguf.tensors
+
+    def vector(self, name: str) -> Array:
+        """A norm or a bias, (n,)."""
+        return np.asarray(self.gguf.array(name), self.dtype)
+
+    def embed(self, name: str, ids: NDArray[np.integer]) -> Array:
+        """The rows `ids` of a matrix, (n, in)."""
+        blocks = self._blocks(name)
+        raw = np.ascontiguousarray(blocks[ids])
+        rows = np.empty((len(ids), self.gguf.tensors[name].shape[1]), np.float32)
+        dequantize(raw.reshape(-1), self.gguf.tensors[name].ggml_type, rows.reshape(-1))
+        return rows.astype(self.dtype, copy=False)
+
+    def times(self, x: Array, name: str) -> Array:
+        """x W^T for W (out, in): x is (t, in), the result (t, out)."""
+        n_out, n_in = self.gguf.tensors[name].shape
+        y = np.empty((len(x), n_out), self.dtype)
+        for rows in _steps(n_out, self._tile // n_in, 1):
+            np.matmul(x, self._in_float(name, rows, slice(0, n_in)).T, out=y[:, rows])
+        return y
+
+    def times_back(self, g: Array, name: str) -> Array:
+        """g W for W (out, in): g is (t, out), the result (t, in)."""
+        info = self.gguf.tensors[name]
+        n_out, n_in = info.shape
+        block_size = GGML_QUANT_SIZES[info.ggml_type][0]
+        dx = np.empty((len(g), n_in), self.dtype)
+        # Tiles of whole columns: nothing has to be added up, except where a column is very long.
+        for columns in _steps(n_in, self._tile // n_out, block_size):
+            width = columns.stop - columns.start
+            for rows in _steps(n_out, self._tile // width, 1):
+                tile = self._in_float(name, rows, columns)
+                if rows.start == 0:
+                    np.matmul(g[:, rows], tile, out=dx[:, columns])
+                else:
+                    dx[:, columns] += g[:, rows] @ tile
+        return dx
+
+    def _blocks(self, name: str) -> NDArray[np.uint8]:
+        """The stored bytes, (out, blocks of a row, bytes of a block)."""
+        info = self.gguf.tensors[name]
+        block_size, type_size = GGML_QUANT_SIZES[info.ggml_type]
+        n_out, n_in = info.shape
+        return self.gguf.raw(name).reshape(n_out, n_in // block_size, type_size)
+
+    def _in_float(self, name: str, rows: slice, columns: slice) -> Array:
+        """A part of a matrix; in float32 it lies in the one buffer, until the next call."""
+        kind = self.gguf.tensors[name].ggml_type
+        block_size = GGML_QUANT_SIZES[kind][0]
+        blocks = slice(columns.start // block_size, columns.stop // block_size)
+        raw = np.ascontiguousarray(self._blocks(name)[rows, blocks])
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        size = shape[0] * shape[1]
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, np.float32)
+        part = self._buffer[:size]
+        dequantize(raw.reshape(-1), kind, part)
+        return part.reshape(shape).astype(self.dtype, copy=False)
+
+
+def _steps(total: int, wanted: int, multiple: int) -> list[slice]:
+    """0 to `total` in steps of about `wanted`, each a multiple of `multiple`."""
+    step = max(wanted // multiple, 1) * multiple
+    return [slice(start, min(start + step, total)) for start in range(0, total, step)]
