@@ -69,6 +69,10 @@ class InvalidGrammar(EngineError):
     """A GBNF grammar that llama.cpp does not parse, or that allows no token of the vocabulary."""
 
 
+class SchemaError(EdgeLoRAError):
+    """A JSON schema, or a tool, that a grammar cannot enforce; `problems` names every place."""
+
+
 class NotFound(EdgeLoRAError):
     """A named base, adapter or file that does not exist."""
 
