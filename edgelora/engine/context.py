@@ -64,7 +64,6 @@ class Context:
         self.n_decoded = 0
         self.batch = Batch(self.n_batch)
         self.kept: list[int] = []
-        self.kept: tuple[int, ...] = ()
         self._bounds = Bounds(model.vocabulary.n_tokens, n_ctx, self.n_sequences, n_outputs)
         self._capture = capture
         self._memory = llama_cpp.llama_get_memory(handle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,21 @@ def embed(context: Context, texts: Sequence[Sequence[int]]) -> NDArray[np.float3
     Returns:
         (n, d) float32, n = len(texts).
     """
+    steps = embed_in_steps(context, texts, lambda: context.n_batch)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return np.asarray(end.value)
+
+
+def embed_in_steps(
+    context: Context, texts: Sequence[Sequence[int]], n_tokens: Callable[[], int]
+) -> Generator[None, None, NDArray[np.float32]]:
+    """As `embed`, but with a pause (a yield) after each batch of at most `n_tokens()` tokens.
+
+    The context must not be used for anything else before the last step.
+    """
     sums = np.zeros((len(texts), context.model.n_embd), np.float64)
     counts = np.array([max(1, len(text)) for text in texts])
     window = min(WINDOW, context.n_batch)
@@ -36,15 +51,18 @@ def embed(context: Context, texts: Sequence[Sequence[int]]) -> NDArray[np.float3
     for batch in _pack(pieces, context.n_batch, context.n_sequences):
         context.clear()
         rows = [
-            Row(token, position, sequence, output=True)
-            for sequence, (_, ids) in enumerate(batch)
+            (owner, Row(token, position, sequence, output=True))
+            for sequence, (owner, ids) in enumerate(batch)
             for position, token in enumerate(ids)
         ]
-        hidden = context.hidden(rows)
-        start = 0
-        for owner, ids in batch:
-            sums[owner] += hidden[start : start + len(ids)].sum(axis=0, dtype=np.float64)
-            start += len(ids)
+        while rows:
+            n = min(max(1, n_tokens()), context.n_batch)
+            now, rows = rows[:n], rows[n:]
+            hidden = context.hidden([row for _, row in now])
+            owners = np.array([owner for owner, _ in now])
+            for owner in np.unique(owners):
+                sums[owner] += hidden[owners == owner].sum(axis=0, dtype=np.float64)
+            yield
     return np.asarray(sums / counts[:, None], np.float32)
 
 

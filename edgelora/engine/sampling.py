@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.engine.context import Context
+from edgelora.engine.gbnf import check_gbnf
 from edgelora.engine.model import Model
 from edgelora.engine.tokens import Vocabulary
 from edgelora.errors import EngineError, InvalidGrammar
@@ -68,7 +69,6 @@ def check_sampling(sampling: Sampling, n_vocab: int) -> None:
         (not abs(s.frequency_penalty) <= 1e3, "frequency_penalty", s.frequency_penalty),
         (not 0 <= s.penalty_last_n < 2**20, "penalty_last_n", s.penalty_last_n),
         (not 0 <= s.seed < 2**64, "seed", s.seed),
-        ("\0" in s.grammar, "grammar", "a NUL character"),
     ]  # fmt: skip
     problems = [f"{name}: {value}" for is_wrong, name, value in wrong if is_wrong]
     problems += [
@@ -166,7 +166,7 @@ class _Candidates:
     def __init__(self, n_vocab: int) -> None:
         self._data = np.zeros(n_vocab, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
         self._pointer = self._data.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
-        self._array = llama_cpp.llama_token_data_array()
+        self._array: Any = llama_cpp.llama_token_data_array()
 
     def fill(self, logits: NDArray[np.float32]) -> None:
         """Every token, in the vocabulary's order."""
@@ -224,7 +224,8 @@ def _penalties(
     n_vocab = model.vocabulary.n_tokens
     parts = []
     if biases:
-        array = (llama_cpp.llama_logit_bias * len(biases))(*biases.items())
+        entries = [llama_cpp.llama_logit_bias(*entry) for entry in biases.items()]
+        array = (llama_cpp.llama_logit_bias * len(biases))(*entries)
         parts.append(llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), array))
     if s.repeat_penalty != 1.0 and s.penalty_last_n:
         repeat = llama_cpp.llama_sampler_init_penalties(
@@ -267,6 +268,7 @@ def _biases(vocabulary: Vocabulary, sampling: Sampling, ignore_eos: bool) -> dic
 
 
 def _grammar(vocabulary: Vocabulary, text: str) -> Any:
+    check_gbnf(text)
     grammar = llama_cpp.llama_sampler_init_grammar(vocabulary.handle, text.encode(), b"root")
     if not grammar:
         raise InvalidGrammar("a grammar that llama.cpp does not parse")

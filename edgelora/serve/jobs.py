@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edgelora.engine.model import WeightedAdapter
@@ -142,6 +143,7 @@ class Failed:
 
 
 Event = Prefilled | Piece | Finished | Failed
+Emit = Callable[[Event], None]  # called on the engine thread; it must not block
 
 
 class QueueFull(EdgeLoRAError):
