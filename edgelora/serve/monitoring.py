@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
-from edgelora.serve.scheduler import Stats
+from edgelora.serve.counters import Stats
 from edgelora.serve.server import Server
 
 # Name, what it says, attribute of Stats. "llamacpp:..." are those of llama-server.

@@ -234,10 +234,10 @@ class Registry:
         with self._lock:
             path = self.get(name).path
             assert path is not None, "the base is always loaded"
+            future = self._loader.load(path)
             self._loaded[name] = None
             self._loaded.move_to_end(name)
             self._make_room(name)
-        future = self._loader.load(path)
         future.add_done_callback(functools.partial(self._on_loaded, name))
         return future
 
