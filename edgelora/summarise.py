@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.datasets.read import Example
+from edgelora.datasets.records import Example, Message
 from edgelora.embedding_cache import EmbeddingCache
 from edgelora.engine.context import Context
 from edgelora.engine.embed import embed
 from edgelora.engine.model import Model
+from edgelora.engine.tokens import Vocabulary
 from edgelora.errors import DatasetError
 from edgelora.signature import Signature, summarise
 
@@ -54,7 +55,7 @@ def summarise_examples(
         raise DatasetError("a signature needs at least one example")
     model = context.model
     sample = sample_examples(examples, n_embedded, seed)
-    prompts = _embed_texts(context, [prompt_text(e) for e in sample], cache, progress)
+    prompts = _embed_texts(context, [prompt_text(e.messages) for e in sample], cache, progress)
     completions = None
     if all(e.completion is not None for e in sample):
         completions = _embed_texts(context, [e.completion or "" for e in sample], cache, progress)
@@ -70,9 +71,13 @@ def summarise_examples(
 
 def count_embedded_tokens(model: Model, examples: Sequence[Example]) -> int:
     """Tokens that embedding all of `examples` computes where the cache holds none of them."""
-    prompts = {prompt_text(e) for e in examples}
+    prompts = {prompt_text(e.messages) for e in examples}
     completions = {e.completion for e in examples if e.completion is not None}
-    return sum(len(_embedded_ids(model, text)) for part in (prompts, completions) for text in part)
+    return sum(
+        len(embedded_ids(model.vocabulary, text))
+        for part in (prompts, completions)
+        for text in part
+    )
 
 
 def summarise_text(
@@ -91,21 +96,54 @@ def summarise_text(
     )
 
 
-def prompt_text(example: Example) -> str:
-    """All turns of the prompt as one plain text."""
-    return "\n".join(message.content for message in example.messages)
+def prompt_text(messages: Sequence[Message]) -> str:
+    """All turns of a prompt as one plain text."""
+    return "\n".join(message.content for message in messages)
 
 
 def token_ids(model: Model, example: Example) -> list[int]:
     """Token ids of prompt and completion, concatenated (the paper's empirical measure)."""
-    return model.vocabulary.tokenize(prompt_text(example)) + model.vocabulary.tokenize(
+    return model.vocabulary.tokenize(prompt_text(example.messages)) + model.vocabulary.tokenize(
         example.completion or ""
     )
 
 
-def _embedded_ids(model: Model, text: str) -> tuple[int, ...]:
-    start = [model.vocabulary.bos] if model.vocabulary.adds_bos else []
-    return tuple(start + model.vocabulary.tokenize(text))
+def embedded_ids(vocabulary: Vocabulary, text: str) -> tuple[int, ...]:
+    """Token ids under which a plain text is embedded: no template, BOS where the base adds one."""
+    start = [vocabulary.bos] if vocabulary.adds_bos else []
+    return tuple(start + vocabulary.tokenize(text))
+
+
+def embed_cached(
+    context: Context,
+    texts: Sequence[tuple[int, ...]],
+    *,
+    cache: EmbeddingCache,
+    progress: Callable[[int], None] = lambda n_texts: None,
+) -> NDArray[np.float32]:
+    """Each distinct text once, from the cache where it is; stored chunk by chunk, so resumable.
+
+    Args:
+        context: opened with `hidden=True`.
+        texts: token ids of each text.
+
+    Returns:
+        (n, d) float32, n = len(texts).
+    """
+    distinct = list(dict.fromkeys(texts))
+    # The file's size tells quantisations of one model apart: their embeddings differ a little.
+    model_key = f"{context.model.base.identity.id}-{context.model.base.path.stat().st_size}"
+    stored = cache.get(model_key, distinct)
+    missing = [i for i, vector in enumerate(stored) if vector is None]
+    for begin in range(0, len(missing), _CHUNK):
+        part = missing[begin : begin + _CHUNK]
+        fresh = embed(context, [distinct[i] for i in part])
+        cache.put(model_key, [distinct[i] for i in part], fresh)
+        for i, vector in zip(part, fresh, strict=True):
+            stored[i] = vector
+        progress(len(part))
+    by_text = dict(zip(distinct, stored, strict=True))
+    return np.array([by_text[text] for text in texts], np.float32)
 
 
 def _embed_texts(
@@ -114,19 +152,5 @@ def _embed_texts(
     cache: EmbeddingCache,
     progress: Callable[[int], None],
 ) -> NDArray[np.float32]:
-    """Each distinct text once, from the cache where it is; stored chunk by chunk, so resumable."""
-    distinct = {text: _embedded_ids(context.model, text) for text in texts}
-    ids = list(distinct.values())
-    # The file's size tells quantisations of one model apart: their embeddings differ a little.
-    model_key = f"{context.model.base.identity.id}-{context.model.base.path.stat().st_size}"
-    stored = cache.get(model_key, ids)
-    missing = [i for i, vector in enumerate(stored) if vector is None]
-    for begin in range(0, len(missing), _CHUNK):
-        part = missing[begin : begin + _CHUNK]
-        fresh = embed(context, [ids[i] for i in part])
-        cache.put(model_key, [ids[i] for i in part], fresh)
-        for i, vector in zip(part, fresh, strict=True):
-            stored[i] = vector
-        progress(len(part))
-    by_text = dict(zip(distinct, stored, strict=True))
-    return np.array([by_text[text] for text in texts], np.float32)
+    ids = [embedded_ids(context.model.vocabulary, text) for text in texts]
+    return embed_cached(context, ids, cache=cache, progress=progress)

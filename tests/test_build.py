@@ -17,6 +17,7 @@ from builds import HELPER, World
 from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.bank import Facts, open_bank
+from edgelora.bank.records import signature_path
 from edgelora.build import Built, Listener, Options, Plan, build
 from edgelora.datasets.read import read_dataset
 from edgelora.datasets.records import Dataset
@@ -32,6 +33,7 @@ from edgelora.errors import (
     EngineError,
     NoImprovement,
 )
+from edgelora.signature import from_bytes
 
 FORCED = Options(force=True)
 
@@ -119,7 +121,10 @@ def test_what_is_written_loads_helps_and_tells_how_it_was_made(
 ) -> None:
     ear = Ear()
     built = run(model, world.bank, world.helped, out, ear=ear)
-    assert built.out == out and nothing_left(tmp_path, [out.name])
+    beside = signature_path(out, model.base.identity.id)
+    assert built.out == out and nothing_left(tmp_path, [out.name, beside.name])
+    kept = from_bytes(beside.read_bytes())
+    assert (kept.prompt.n, kept.base_id) == (16, model.base.identity.id)  # of the support part
 
     judged = built.judgement
     assert judged is not None and judged.part == "untouched" and judged.n_examples == 8
@@ -255,7 +260,8 @@ def test_force_publishes_what_does_not_help_and_warns(
 ) -> None:
     out.write_bytes(b"old")
     built = run(model, world.bank, getattr(world, data), out, FORCED)
-    assert open_lora(out).names and nothing_left(tmp_path, [out.name])
+    beside = signature_path(out, model.base.identity.id)
+    assert open_lora(out).names and nothing_left(tmp_path, [out.name, beside.name])
     assert built.judgement is not None and built.coefficients
     assert built.judgement.adapter_loss >= built.judgement.base_loss
     assert any(why in message for message in built.warnings)
@@ -362,7 +368,10 @@ def test_without_any_signature_losses_decide(
     unsigned: Path, world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:
     options = Options(exclude=("adapter0",))
+    stale = signature_path(out, model.base.identity.id)
+    stale.write_bytes(b"of an adapter that this one replaces")
     built = run(model, unsigned, world.helped, out, options)
+    assert not stale.exists()
     assert not built.distances and sum(decoded) == built.n_tokens
     assert {"nearest", "mixture"}.isdisjoint(built.support_losses)
     with pytest.raises(EdgeLoRAError, match="mixture needs signatures"):

@@ -20,6 +20,11 @@ _PREFIX = "edgelora."
 _REQUIRED = ("base.id", "base.architecture", "base.shapes", "base.tokenizer", "base.norms")
 
 
+def signature_path(adapter: Path, base_id: str) -> Path:
+    """Where the signature of an adapter's dataset lies: beside its file."""
+    return adapter.with_name(f"{adapter.name.removesuffix(SUFFIX)}.{base_id}{SIGNATURE_SUFFIX}")
+
+
 @dataclass(frozen=True)
 class BankRecord:
     """One adapter of a bank; text fields are empty where nothing was recorded.

@@ -23,7 +23,14 @@ from typing import TYPE_CHECKING
 from edgelora.bank import seal
 from edgelora.bank.index import Listing, delete_index, list_adapters
 from edgelora.bank.names import check_name, derive_name, find_clash
-from edgelora.bank.records import SIGNATURE_SUFFIX, SUFFIX, BankRecord, Facts, read_record
+from edgelora.bank.records import (
+    SIGNATURE_SUFFIX,
+    SUFFIX,
+    BankRecord,
+    Facts,
+    read_record,
+    signature_path,
+)
 from edgelora.errors import AlreadyExists, BankError, InvalidFile, NotFound
 from edgelora.files import TEMPORARY_PREFIX, locked, publish
 
@@ -282,7 +289,7 @@ class Bank:
             )
 
     def _signature_path(self, name: str, base_id: str) -> Path:
-        return self.folder / f"{name}.{base_id}{SIGNATURE_SUFFIX}"
+        return signature_path(self.folder / (name + SUFFIX), base_id)
 
     def _signatures(self, name: str) -> list[Path]:
         found = self.folder.glob(f"*{SIGNATURE_SUFFIX}")

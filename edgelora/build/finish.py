@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgelora.adapters.merge import MergeReport, merge_adapters
+from edgelora.bank.records import signature_path
 from edgelora.build.proposals import Nearness
 from edgelora.build.records import Judgement
 from edgelora.build.trials import Trial
@@ -17,6 +18,7 @@ from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import mean_loss, paired_interval, score
 from edgelora.errors import NoImprovement
+from edgelora.files import write_atomic
 
 
 def write_trial(
@@ -47,6 +49,18 @@ def write_trial(
         metadata={"edgelora.template": work.template.key, "edgelora.name": work.out.stem},
         provenance=provenance,
     )
+
+
+def keep_signature(work: Work, nearness: Nearness | None) -> None:
+    """Keep the signature of the user's examples beside the adapter: a server's `auto` reads it.
+
+    One that an overwritten adapter left is replaced or removed.
+    """
+    path = signature_path(work.out, work.model.base.identity.id)
+    if nearness is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomic(path, nearness.target.to_bytes())
 
 
 def judge(work: Work, context: Context, finished: Path, parts: Parts) -> Judgement:

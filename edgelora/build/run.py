@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
-from edgelora.build.finish import applied, judge, write_trial
+from edgelora.build.finish import applied, judge, keep_signature, write_trial
 from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unmeasured
 from edgelora.build.pool import find_warnings, open_pool
 from edgelora.build.proposals import OPERATOR_NAMES, Measured, Nearness, Proposal, propose
@@ -41,6 +41,8 @@ def build(
     listener: Listener | None = None,
 ) -> Built:
     """Write one adapter for `dataset` to `out`, combined from the bank's adapters.
+
+    The signature of the examples that it was proposed with is kept beside it, where there is one.
 
     Raises:
         AlreadyExists: `out` exists and `options.force` is false.
@@ -87,6 +89,7 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
             with publish(work.out, force=work.options.force) as temporary:
                 merge = write_trial(work, trial, nearness, temporary)
                 judgement = judge(work, context, temporary, parts)
+    keep_signature(work, nearness)
     return _built(work, trial, nearness, measured, support_losses, verdict, judgement, merge)
 
 
@@ -105,6 +108,7 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
             with open_context(work.model) as context:
                 with applied(context, temporary):
                     pass  # loading it is the check: a file that llama.cpp refuses is not published
+    keep_signature(work, nearness)
     return _built(work, trial, nearness, None, {}, None, None, merge)
 
 
