@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from edgelora.serve.settings import Settings
 
-_KV_TYPES = ("f16", "q8_0", "q4_0")
+_KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
 
 
 def _models(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ def _memory(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(_KV_TYPES),
             default="f16",
             show_default=True,
-            help="Of keys and values: smaller types take less memory.",
+            help="Of keys and values: smaller types take less memory; f32 is the most reproducible.",
         ),
         click.option(
             "--context",

@@ -251,8 +251,9 @@ def open_context(
         n_batch: tokens of one decode.
         n_sequences: sequences alive at once.
         hidden: for `Context.hidden`, which stops before the head.
-        exact: F32 KV and no flash attention, for comparisons.
-        kv_type: of keys and values, a key of `KV_TYPES`.
+        exact: kv_type f32, for comparisons.
+        kv_type: of keys and values, a key of `KV_TYPES`; with f32 there is no flash attention,
+            which rounds to F16 by itself.
         n_cells: KV cells that all sequences share; 0 means n_ctx.
         n_ubatch: tokens of one pass through the layers; 0 means n_batch.
         n_outputs: tokens of one decode that may be outputs; 0 means all of them.
@@ -274,8 +275,8 @@ def open_context(
     parameters.kv_unified = True
     parameters.n_threads = parameters.n_threads_batch = model.options.threads()
     parameters.no_perf = True
-    if exact:
-        kv_type = "f32"
+    kv_type = "f32" if exact else kv_type
+    if kv_type == "f32":
         parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if kv_type not in KV_TYPES:
         raise EngineError(f"no KV type {kv_type}", hint=f"There are {', '.join(KV_TYPES)}.")

@@ -21,7 +21,7 @@ class Limits:
         n_slots: requests that are computed at the same time.
         n_ctx: tokens that one request may have, prompt and answer together.
         n_batch: tokens of one decode at most.
-        kv_type: "f16", "q8_0" or "q4_0".
+        kv_type: "f16", "q8_0", "q4_0" or "f32".
         max_queue: requests that may wait for a slot; one more is refused with QueueFull.
         queue_timeout_s: a request that waits longer gets QueueTimeout.
         n_cached_sequences: finished requests whose KV cells are kept for the next ones.

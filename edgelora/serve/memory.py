@@ -12,7 +12,7 @@ from edgelora.adapters.base import Base
 from edgelora.engine.needs import Needs
 from edgelora.errors import EdgeLoRAError
 
-_BYTES_OF = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
+_BYTES_OF = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}
 _WANTED_CTX, _WANTED_SLOTS, _SMALLEST_CTX = 4096, 4, 512
 # KV takes at most this share of what is free beside the weights: adapters, batches and whatever
 # else runs on the machine need the rest.

@@ -11,7 +11,7 @@ from pathlib import Path
 from edgelora.errors import EdgeLoRAError, NotFound
 
 KEY_VARIABLE = "EDGELORA_API_KEY"
-KV_TYPES = ("f16", "q8_0", "q4_0")
+KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Settings:
         cors_origins: origins of web pages on other sites that may use the server; "*" for all.
         n_slots, n_ctx: requests at once, and tokens of each (prompt and answer); 0 for what fits
             the free memory.
-        kv_type: of the keys and values: f16, q8_0 or q4_0.
+        kv_type: of the keys and values: f16, q8_0, q4_0, or f32 (no flash attention).
         low_ram: weights stay memory-mapped; mlock: they are locked in RAM.
         max_queue: requests that may wait; queue_timeout_s: and for how long.
         template: of the prompts; None for the base's own.
