@@ -24,6 +24,9 @@ MAX_SOURCE_CHARS = 256 * 1024
 MAX_OUTPUT_CHARS = 8 * 1024 * 1024
 MAX_LOOP_STEPS = 1_000_000
 
+# All but ASCII and the private use areas of Unicode.
+_ESCAPABLE = re.compile("[^\0-\x7f\ue000-\uf8ff\U000f0000-\U0010ffff]")
+
 # What template code can raise besides jinja2's own errors.
 _FAILURES = (
     jinja2.TemplateError,
@@ -192,14 +195,16 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Not jinja2's own filter, which escapes HTML's characters.
-    return json.dumps(
+    # Not jinja2's own filter, which escapes HTML's characters. The marks that keep control strings
+    # apart (`Guard`) must stay characters, so those are never escaped.
+    text = json.dumps(
         value,
-        ensure_ascii=ensure_ascii,
+        ensure_ascii=False,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
     )
+    return _ESCAPABLE.sub(lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
 
 
 def _raise_exception(message: object) -> str:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from edgelora.datasets.conversation import (
+    PROBE_TOOL,
+    Turn,
+    change_tools,
+    change_turn,
+    texts_in,
+    tools_of,
+    turn_of,
+    turns_of,
+    with_short_ids,
+)
 from edgelora.datasets.records import ROLES, Message
 from edgelora.datasets.sandbox import Rendered, compile_template
 from edgelora.datasets.segments import Guard, Segment, after, controls, cut, find_ending
@@ -31,8 +44,9 @@ _FIELD = re.compile(r"\{(prompt|instruction|input|system)\}")
 _MARKER = re.compile(r"\[/?[A-Z][A-Z_]*\]|<<?/?[|\uff5c]?[A-Za-z_][^<>\s]{0,40}?[|\uff5c]?>>?")
 _HINT = "Give another with --template: chatml, alpaca, sni, a file, or a text with {prompt} in it."
 
-# The template as a function of the turns and whether to write the answer's opening.
-Write = Callable[[Sequence[Message], bool], Rendered]
+# The template as a function of the turns, the tools, and whether to write the answer's opening.
+Tools = Sequence[Turn] | None
+Write = Callable[[Sequence[Turn], Tools, bool], Rendered]
 
 
 class Template:
@@ -86,8 +100,41 @@ class Template:
         Raises:
             TemplateError: unknown roles, no messages, or turns that the template refuses.
         """
-        turns = self._foldable(messages)
+        turns = self._foldable(self._checked(messages))
         return self._segments(turns, add_generation_prompt)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Segment]:
+        """The prompt of a conversation in OpenAI's form, as `render` gives it.
+
+        What `render` says of contents holds for every string of the request: names, ids,
+        arguments and their keys, the tools' descriptions and schemas. A template that takes no
+        tools (`takes_tools`) leaves them out, and may refuse the role "tool".
+
+        Raises:
+            TemplateError: as `render` does, and for arguments that are no JSON object.
+        """
+        turns = self._foldable(turns_of(messages))
+        given = tools_of(tools)
+        try:
+            return self._segments(turns, True, given)
+        except TemplateError:
+            if not any("tool_call_id" in turn or "tool_calls" in turn for turn in turns):
+                raise
+            return self._segments(with_short_ids(turns), True, given)
+
+    @functools.cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template writes the tools that it is given."""
+        user = {"role": "user", "content": "x"}
+        try:
+            text = self._write([user], [PROBE_TOOL], True).text
+        except TemplateError:
+            return False
+        return str(PROBE_TOOL["function"]["name"]) in text
 
     def completion_segments(self, messages: Sequence[Message], completion: str) -> list[Segment]:
         """What follows `render(messages)`: the completion and the end token after it.
@@ -99,10 +146,10 @@ class Template:
         Raises:
             TemplateError: as `render` does.
         """
-        turns = self._foldable(messages)
+        turns = self._foldable(self._checked(messages))
         prompt = self._segments(turns, True)
-        probed = self._segments([*turns, Message("assistant", _PROBE)], False)
-        whole = self._segments([*turns, Message("assistant", completion)], False)
+        probed = self._segments([*turns, _assistant(_PROBE)], False)
+        whole = self._segments([*turns, _assistant(completion)], False)
         probed_tail, tail = after(prompt, probed), after(prompt, whole)
         ending = find_ending(probed if probed_tail is None else probed_tail, _PROBE)
         end = (ending.end if ending else None) or self._eos
@@ -112,59 +159,81 @@ class Template:
             return [Segment(completion, False), *ended]
         return [*cut(tail, ending), *ended]
 
-    def _segments(self, turns: Sequence[Message], add_generation_prompt: bool) -> list[Segment]:
+    def _segments(
+        self, turns: Sequence[Turn], add_generation_prompt: bool, tools: Tools = None
+    ) -> list[Segment]:
         """Render safely: the template's control tokens must not depend on what was typed."""
-        rendered = self._guarded(turns, add_generation_prompt)
-        if self._guard.is_safe(turn.content for turn in turns):
+        rendered = self._guarded(turns, tools, add_generation_prompt)
+        if self._guard.is_safe(_typed(turns, tools)):
             return rendered
-        neutral = [Message(t.role, "x" if t.content.strip() else t.content) for t in turns]
-        if controls(rendered) == controls(self._guarded(neutral, add_generation_prompt)):
+        neutral = self._guarded(
+            [change_turn(turn, self._neutral) for turn in turns],
+            change_tools(tools, self._neutral),
+            add_generation_prompt,
+        )
+        if controls(rendered) == controls(neutral):
             return rendered
         # Either the template reads the content (sound), or it has glued pieces of it together
         # into a control token (an attack): then every piece that can begin one is broken too.
-        return self._guarded(turns, add_generation_prompt, thorough=True)
+        return self._guarded(turns, tools, add_generation_prompt, thorough=True)
+
+    def _neutral(self, text: str) -> str:
+        return "x" if text.strip() and not self._guard.is_safe([text]) else text
 
     def _guarded(
-        self, turns: Sequence[Message], add_generation_prompt: bool, *, thorough: bool = False
+        self,
+        turns: Sequence[Turn],
+        tools: Tools,
+        add_generation_prompt: bool,
+        *,
+        thorough: bool = False,
     ) -> list[Segment]:
-        marks = self._guard.marks([self.source, *(turn.content for turn in turns)])
-        broken = [
-            Message(turn.role, self._guard.broken(turn.content, marks, thorough=thorough))
-            for turn in turns
-        ]
-        rendered = self._write(broken, add_generation_prompt)
+        marks = self._guard.marks([self.source, *_typed(turns, tools)])
+
+        def broken(text: str) -> str:
+            return self._guard.broken(text, marks, thorough=thorough)
+
+        rendered = self._write(
+            [change_turn(turn, broken) for turn in turns],
+            change_tools(tools, broken),
+            add_generation_prompt,
+        )
         if rendered.read_the_date:
             self._warn("the template writes today's date: results differ from day to day")
         return self._guard.split(rendered.text, marks)
 
-    def _foldable(self, messages: Sequence[Message]) -> list[Message]:
-        """Checked turns; a leading system turn joins the first user turn where it must."""
-        turns = list(messages)
-        unknown = sorted({turn.role for turn in turns} - set(ROLES))
-        if unknown or not turns:
+    def _checked(self, messages: Sequence[Message]) -> list[Turn]:
+        unknown = sorted({message.role for message in messages} - set(ROLES))
+        if unknown or not messages:
             raise TemplateError(f"unknown roles {unknown}" if unknown else "no messages to render")
-        if turns[0].role != "system" or self._takes_system:
+        return [turn_of(message) for message in messages]
+
+    def _foldable(self, turns: list[Turn]) -> list[Turn]:
+        """The turns; those of the system that lead join the first user turn where they must."""
+        n_system = next((i for i, t in enumerate(turns) if t["role"] != "system"), len(turns))
+        if n_system == 0 or self._takes_system:
             return turns
-        if len(turns) < 2 or turns[1].role != "user":
+        if n_system == len(turns) or turns[n_system]["role"] != "user":
             raise TemplateError("a system message without a user turn after it")
         self._warn("the template has no system turn: the system message opens the user's first")
-        folded = f"{turns[0].content}\n\n{turns[1].content}"
-        return [Message("user", folded), *turns[2:]]
+        content = "\n\n".join(turn["content"] for turn in turns[: n_system + 1])
+        return [{**turns[n_system], "content": content}, *turns[n_system + 1 :]]
 
     def _probe_turns(self) -> bool:
         """Whether a system turn appears in the prompt; a user turn has to."""
-        user = Message("user", _PROBE)
-        if _PROBE not in self._write([user], True).text:
+        user = {"role": "user", "content": _PROBE}
+        if _PROBE not in self._write([user], None, True).text:
             raise TemplateError("the template drops the user's message", hint=_HINT)
+        system = {"role": "system", "content": _PROBE}
         try:
-            return self._write([Message("system", _PROBE), user], True).text.count(_PROBE) > 1
+            return self._write([system, user], None, True).text.count(_PROBE) > 1
         except TemplateError:
             return False
 
     def _warn_of_plain_markers(self) -> None:
         if self.kind != "chat":
             return
-        segments = self._segments([Message("user", _PROBE)], True)
+        segments = self._segments([{"role": "user", "content": _PROBE}], True)
         text = "\0".join(segment.text for segment in segments if not segment.control)
         markers = list(dict.fromkeys(_MARKER.findall(text)))
         if markers:
@@ -210,11 +279,11 @@ def open_template(
 def _chat_writer(source: str, bos: str, eos: str) -> Write:
     template = compile_template(source)
 
-    def write(turns: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+    def write(turns: Sequence[Turn], tools: Tools, add_generation_prompt: bool) -> Rendered:
         return template(
-            messages=[{"role": turn.role, "content": turn.content} for turn in turns],
+            messages=list(turns),
             add_generation_prompt=add_generation_prompt,
-            tools=None,
+            tools=tools,
             documents=None,
             bos_token=bos,
             eos_token=eos,
@@ -224,23 +293,34 @@ def _chat_writer(source: str, bos: str, eos: str) -> Write:
 
 
 def _raw_writer(source: str, bos: str, eos: str) -> Write:
-    def write(turns: Sequence[Message], add_generation_prompt: bool) -> Rendered:
+    def write(turns: Sequence[Turn], _tools: Tools, _opening: bool) -> Rendered:
         system, rest = "", turns
-        if turns[0].role == "system":
+        if turns[0]["role"] == "system":
             if "{system}" not in source:
                 raise TemplateError("the raw template has no {system}")
-            system, rest = turns[0].content, turns[1:]
+            system, rest = turns[0]["content"], turns[1:]
         pieces = []
         for i, turn in enumerate(rest):
-            if turn.role != ("user", "assistant")[i % 2]:
+            if turn["role"] != ("user", "assistant")[i % 2]:
                 raise TemplateError("a raw template takes turns of user, assistant, user, ...")
-            if turn.role == "user":
-                pieces.append(_filled(source, turn.content, system if i == 0 else ""))
+            if turn["role"] == "user":
+                pieces.append(_filled(source, turn["content"], system if i == 0 else ""))
             else:
-                pieces.append(turn.content + eos)
+                pieces.append(turn["content"] + eos)
         return Rendered("".join(pieces), False)
 
     return write
+
+
+def _assistant(content: str) -> Turn:
+    return {"role": "assistant", "content": content}
+
+
+def _typed(turns: Sequence[Turn], tools: Tools) -> Iterator[str]:
+    """Every string of a request that a template may write; a turn's role is not typed."""
+    for turn in turns:
+        yield from texts_in([value for key, value in turn.items() if key != "role"])
+    yield from texts_in(tools)
 
 
 _WRITERS: dict[str, Callable[[str, str, str], Write]] = {"chat": _chat_writer, "raw": _raw_writer}
