@@ -78,7 +78,7 @@ def _memory(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(_KV_TYPES),
             default="f16",
             show_default=True,
-            help="Of keys and values: smaller types take less memory; f32 is the most reproducible.",
+            help="Of keys and values: smaller types take less memory; f32 varies least.",
         ),
         click.option(
             "--context",
