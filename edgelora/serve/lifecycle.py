@@ -18,6 +18,7 @@ from edgelora.errors import EdgeLoRAError, EngineError
 from edgelora.serve.connections import connection_class
 from edgelora.serve.server import Server
 from edgelora.serve.settings import Settings
+from edgelora.serve.sockets import url_of
 
 # So long /health is red before a server whose engine has failed ends.
 FAILURE_GRACE_S = 1.0
@@ -88,6 +89,7 @@ def run(server: Server, listening: socket.socket, *, say: Say = lambda line: Non
     end.http = Http(create_app(server), server.settings, end.on_signal)
     server.changed = end.on_change
     end.on_change()
+    say(f"{url_of(listening)} has the page, and the API at /v1; Ctrl-C ends it")
     end.http.run([listening])
     if server.failure is not None:
         if isinstance(server.failure, EdgeLoRAError):

@@ -14,8 +14,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgelora.errors import AlreadyExists, EdgeLoRAError, NotFound, TemplateError
+from edgelora.errors import (
+    AlreadyExists,
+    EdgeLoRAError,
+    InvalidGrammar,
+    NotFound,
+    TemplateError,
+)
+from edgelora.operators.routing import Uncalibrated
 from edgelora.serve.jobs import ContextOverflow, Draining, QueueFull, QueueTimeout
 from edgelora.serve.served import InvalidAdapterSet, InvalidName, ModelNotFound
 from edgelora.serve.server import NotReady
@@ -159,6 +167,33 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(EdgeLoRAError, on_any)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_middleware(Failsafe)
+
+
+class Failsafe:
+    """ASGI: what no handler took is a 500 with OpenAI's body, told once to the log.
+
+    In an answer that has begun nothing can be said any more: the connection is closed.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            await to_api_error(error).response()(scope, receive, send)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -222,6 +257,8 @@ _KINDS: dict[type, Callable[[Any], ApiError]] = {
     ModelNotFound: lambda error: ApiError(404, error.what, param="model", code="model_not_found"),
     InvalidAdapterSet: lambda error: bad_request(error.what, "lora"),
     InvalidName: lambda error: bad_request(str(error), "name"),
+    InvalidGrammar: lambda error: bad_request(str(error), "grammar", "invalid_grammar"),
+    Uncalibrated: lambda error: bad_request(str(error), "model", "auto_unavailable"),
     TemplateError: lambda error: bad_request(str(error), "messages", "template_error"),
     NotFound: lambda error: ApiError(404, str(error), code="not_found"),
     AlreadyExists: lambda error: ApiError(409, str(error), code="already_exists"),

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from edgelora.errors import EdgeLoRAError
 from edgelora.serve.settings import Settings
@@ -16,6 +16,7 @@ from edgelora.serve.settings import Settings
 if TYPE_CHECKING:
     from edgelora.datasets.template import Template
     from edgelora.engine.model import Model
+    from edgelora.serve.routing import Router
     from edgelora.serve.scheduler import Scheduler
     from edgelora.serve.served import Registry
 
@@ -33,7 +34,7 @@ class Server:
 
     Attributes:
         settings: what it was started with.
-        router: picks the adapter for `model: "auto"`; None where no adapter has a signature.
+        router: picks the adapter for `model: "auto"`; None until the model is open.
         failure: what ended the engine, if something did.
         started: when it began, in seconds since 1970.
     """
@@ -43,7 +44,7 @@ class Server:
     ) -> None:
         self.settings = settings
         self.started = time.time()
-        self.router: Any = None
+        self.router: Router | None = None
         self.failure: BaseException | None = None
         self._say, self._warn = say, warn
         self._model: Model | None = None
@@ -135,10 +136,17 @@ class Server:
     def _load(self) -> None:
         try:
             self._open()
+            self._done.set()
+            self._say(self._summary())
         except BaseException as error:
             self._fail(error)
-        self._done.set()
+            self._done.set()
         self.changed()
+
+    def _summary(self) -> str:
+        names = self.registry.ids()
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return f"ready after {time.time() - self.started:.1f} s; models: {shown}"
 
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, EdgeLoRAError):
@@ -149,6 +157,7 @@ class Server:
     def _open(self) -> None:
         from edgelora.engine.model import ModelOptions, open_model
         from edgelora.serve.jobs import Limits
+        from edgelora.serve.routing import open_router
         from edgelora.serve.scheduler import Scheduler
 
         s = self.settings
@@ -171,6 +180,7 @@ class Server:
         scheduler.start()
         self._opened.callback(scheduler.stop)
         self._scheduler = scheduler
+        self.router = open_router(self._registry, scheduler, s.bank)
 
     def _open_template(self, model: Model) -> None:
         """A base without a template can complete and embed; only chat is refused."""
