@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -74,7 +74,8 @@ async def answer_stream(
         if isinstance(error, ClientGone):
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         raise
-    stream = _ending_with_error(render(_resumed(first, events)), render_error)
+    resumed = _resumed(first, events)
+    stream = _ending_with_error(render(resumed), (events, resumed), render_error)
     return EventStream(stream, generation.cancel, headers)
 
 
@@ -89,12 +90,16 @@ async def _resumed(first: tuple[int, Event], events: Numbered) -> Numbered:
 
 
 async def _ending_with_error(
-    stream: AsyncGenerator[bytes, None], render_error: Callable[[ApiError], bytes]
+    stream: AsyncGenerator[bytes, None],
+    sources: Sequence[AsyncGenerator[Any, None]],
+    render_error: Callable[[ApiError], bytes],
 ) -> AsyncGenerator[bytes, None]:
     """The stream; the status has been sent, so an error is the last event of the stream."""
     try:
-        async with contextlib.aclosing(stream) as events:
-            async for event in events:
+        async with contextlib.AsyncExitStack() as closing:
+            for generator in (*sources, stream):
+                await closing.enter_async_context(contextlib.aclosing(generator))
+            async for event in stream:
                 yield event
     except Exception as error:
         yield render_error(to_api_error(error))

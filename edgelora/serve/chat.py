@@ -29,9 +29,9 @@ router = APIRouter()
 async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     """Answer a conversation with a new assistant turn."""
     server: Server = request.app.state.server
-    job = await run_in_threadpool(prepare, server, body, _question(body))
-    target = await choose_model(server, body, [job.prompt])
-    jobs = choices(job, target, body.n or 1)
+    prepared = await run_in_threadpool(prepare, server, body, _question(body))
+    target = await choose_model(server, body, [prepared.plain])
+    jobs = choices(prepared.job, target, body.n or 1)
     generation = Generation(server.scheduler, [jobs], streamed=bool(body.stream))
     shape = _Shape(server, body, target, generation)
     if body.stream:

@@ -81,24 +81,28 @@ class ChatMessage(Body):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[CalledTool] | None = None
     content: Content = Field(default=None, validate_default=True)
     name: str | None = None
-    tool_calls: list[CalledTool] | None = Field(default=None, validate_default=True)
     tool_call_id: str | None = Field(default=None, validate_default=True)
     audio: Annotated[Any, Only()] = None
     function_call: Annotated[Any, Only()] = None
 
     @field_validator("tool_calls")
     @classmethod
-    def _said_or_called(
+    def _called_by_the_assistant(
         cls, calls: list[CalledTool] | None, info: ValidationInfo
     ) -> list[CalledTool] | None:
-        role, content = info.data.get("role"), info.data.get("content", "")
-        if calls and role != "assistant":
+        if calls and info.data.get("role", "assistant") != "assistant":
             raise wrong("only an assistant message has tool calls")
-        if content is None and not calls:
-            raise wrong(f"a message of role {role!r} must have content")
         return calls
+
+    @field_validator("content")
+    @classmethod
+    def _said_or_called(cls, content: str | None, info: ValidationInfo) -> str | None:
+        if content is None and not info.data.get("tool_calls", "invalid"):
+            raise wrong("a message without tool calls must have content")
+        return content
 
     @field_validator("tool_call_id")
     @classmethod

@@ -10,6 +10,8 @@ from edgelora.errors import EngineError, TemplateError
 from edgelora.serve.jobs import Job
 from edgelora.serve.openai_errors import bad_request
 from edgelora.serve.preparing import check_limits, grammar_of, room, sampling_of
+from edgelora.serve.routing import plain_prompt
+from edgelora.serve.served import AUTO
 
 if TYPE_CHECKING:
     from edgelora.serve.chat_schema import ResponseFormat
@@ -35,8 +37,20 @@ class Question:
     format_param: str
 
 
-def prepare(server: Server, body: GenerationBody, asked: Question) -> Job:
-    """The job of the first answer.
+@dataclass(frozen=True)
+class Prepared:
+    """A conversation as the job of its first answer.
+
+    Attributes:
+        plain: token ids of its text without the template, for model "auto".
+    """
+
+    job: Job
+    plain: tuple[int, ...]
+
+
+def prepare(server: Server, body: GenerationBody, asked: Question) -> Prepared:
+    """Render, tokenise and check a conversation; for a worker thread, as it may take a while.
 
     Raises:
         ApiError: names the field at fault.
@@ -45,7 +59,7 @@ def prepare(server: Server, body: GenerationBody, asked: Question) -> Job:
     grammar = grammar_of(server, body, asked.format, asked.format_param)
     prompt = _prompt(server, asked.turns, asked.messages_param)
     n_ctx = server.scheduler.limits.n_ctx
-    return Job(
+    job = Job(
         prompt=prompt,
         max_tokens=room(
             len(prompt), asked.max_tokens, n_ctx, default=None, param=asked.messages_param
@@ -55,6 +69,8 @@ def prepare(server: Server, body: GenerationBody, asked: Question) -> Job:
         n_logprobs=asked.n_logprobs,
         ignore_eos=bool(body.ignore_eos),
     )
+    is_auto = body.model == AUTO
+    return Prepared(job, plain_prompt(server.model.vocabulary, asked.turns) if is_auto else ())
 
 
 def _prompt(server: Server, turns: Sequence[Mapping[str, Any]], param: str) -> tuple[int, ...]:

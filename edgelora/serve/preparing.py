@@ -41,35 +41,30 @@ class Target:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-async def choose_model(
-    server: Server, body: ModelBody, prompts: Sequence[tuple[int, ...]]
-) -> Target:
+async def choose_model(server: Server, body: ModelBody, plain: Sequence[tuple[int, ...]]) -> Target:
     """The model that the request names, or for "auto" the one that its prompt asks for.
+
+    Args:
+        plain: token ids of each prompt's text without a template, which "auto" goes by.
 
     Raises:
         ModelNotFound, InvalidAdapterSet: as `Registry.resolve`.
+        Uncalibrated: "auto", and the adapters here have nothing that it could go by.
         ApiError: "auto" for several prompts, which may ask for different adapters.
     """
     model_id, adapters = server.registry.resolve(body.model, body.lora)
     if model_id != AUTO:
         return Target(model_id, adapters)
-    if len(prompts) != 1:
-        raise bad_request("model 'auto' takes one prompt in a request", "model")
-    if server.router is None:
-        details = {"adapter": server.registry.base_id, "similarity": None, "threshold": None}
-        return _auto(server.registry.base_id, (), details)
-    choice = await server.router.choose(prompts[0])
+    if server.router is None or len(plain) != 1 or not plain[0]:
+        raise bad_request("model 'auto' takes one prompt in a request, with text in it", "model")
+    choice = await server.router.choose(plain[0])
     details = {
         "adapter": choice.id,
         "similarity": choice.similarity,
         "threshold": choice.threshold,
     }
-    return _auto(choice.id, choice.adapters, details)
-
-
-def _auto(model_id: str, adapters: AdapterSet, details: dict[str, Any]) -> Target:
-    headers = {"X-EdgeLoRA-Adapter": model_id}
-    return Target(model_id, adapters, {"edgelora": details}, headers)
+    headers = {"X-EdgeLoRA-Adapter": choice.id}
+    return Target(choice.id, choice.adapters, {"edgelora": details}, headers)
 
 
 def envelope(server: Server, target: Target, kind: str, prefix: str) -> dict[str, Any]:
@@ -145,7 +140,8 @@ def sampling_of(server: Server, body: GenerationBody, grammar: str) -> Sampling:
     return Sampling(
         temperature=1.0 if body.temperature is None else float(body.temperature),
         top_k=max(0, body.top_k or 0),
-        top_p=1.0 if body.top_p is None else float(body.top_p),
+        # OpenAI takes 0 too; like any tiny value it leaves the likeliest token.
+        top_p=1.0 if body.top_p is None else max(1e-6, float(body.top_p)),
         min_p=float(body.min_p or 0.0),
         repeat_penalty=float(body.repeat_penalty or body.repetition_penalty or 1.0),
         presence_penalty=float(body.presence_penalty or 0.0),

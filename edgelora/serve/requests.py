@@ -91,13 +91,15 @@ class Request:
         """The next token has been drawn from these (n_vocab,) logits; -1: the grammar ended."""
         self.n_generated += token >= 0
         self.next_token = None
-        if token < 0 or token in vocabulary.end_tokens:
-            self._finish("stop")
-            return
         logprob = None
-        if self.job.n_logprobs is not None:
+        if token >= 0 and self.job.n_logprobs is not None:
             found = logprobs(logits[None], [token], self.job.n_logprobs)
             (logprob,) = self._token_logprobs([token], found)
+        if token < 0 or token in vocabulary.end_tokens:
+            # It has no text, but its log-probability is one of the answer's: lm-eval counts on it.
+            self._text.feed(b"", logprob)
+            self._finish("stop")
+            return
         text = self._text.feed(self._pieces[token], logprob)
         if self._text.stop is not None:
             self._give(text)

@@ -31,9 +31,11 @@ router = APIRouter()
 async def create_response(body: ResponsesBody, request: Request) -> Response:
     """Answer a conversation with a new assistant turn, in the Responses API's objects."""
     server: Server = request.app.state.server
-    job = await run_in_threadpool(prepare, server, body, _question(body))
-    target = await choose_model(server, body, [job.prompt])
-    generation = Generation(server.scheduler, [choices(job, target, 1)], streamed=bool(body.stream))
+    prepared = await run_in_threadpool(prepare, server, body, _question(body))
+    target = await choose_model(server, body, [prepared.plain])
+    generation = Generation(
+        server.scheduler, [choices(prepared.job, target, 1)], streamed=bool(body.stream)
+    )
     shape = _Shape(server, body, target, generation)
     if body.stream:
         return await answer_stream(request, generation, shape.stream, target.headers, shape.failed)

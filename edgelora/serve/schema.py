@@ -28,24 +28,24 @@ def wrong(message: str) -> PydanticCustomError:
     return PydanticCustomError("invalid_value", "{reason}", {"reason": message})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # typing takes equal annotations for one, and 0 equals False
 class Only:
     """A field that is known and not supported: any value but null and these is refused."""
 
     accepted: tuple[Any, ...] = ()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
-        return core_schema.with_info_plain_validator_function(self._check)
+        return core_schema.no_info_plain_validator_function(self._check)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {"enum": [None, *self.accepted], "description": "Known, not supported."}
 
-    def _check(self, value: Any, info: core_schema.ValidationInfo) -> None:
+    def _check(self, value: Any) -> None:
         # By type too, for 1 == True.
         if value is None or any(type(value) is type(a) and value == a for a in self.accepted):
             return
-        usual = "" if not self.accepted else f" other than {self.accepted[0]!r}"
-        raise wrong(f"'{info.field_name}'{usual} is not supported by this server")
+        usual = f"anything but {self.accepted[0]!r} is " if self.accepted else ""
+        raise wrong(f"{usual}not supported by this server")
 
 
 def encodable(value: Any) -> Any:
@@ -81,9 +81,9 @@ def _stop_strings(value: Any) -> Any:
     if stops is None:
         return None
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise wrong("'stop' must be a string or a list of strings")
+        raise wrong("must be a string or a list of strings")
     if "" in stops:
-        raise wrong("'stop' must not contain an empty string")
+        raise wrong("must not contain an empty string")
     return [encodable(stop) for stop in stops]
 
 
@@ -121,14 +121,14 @@ class LoraField(Body):
     """One adapter of the set that answers, and its weight."""
 
     name: str
-    scale: float = Field(default=1.0, ge=-1e6, le=1e6)
+    scale: float = 1.0
 
 
 class ModelBody(Body):
     """Which model answers: its id, or the base with exactly the adapters in `lora`."""
 
     model: str | None = None
-    lora: list[LoraField] | None = Field(default=None, max_length=64)
+    lora: list[LoraField] | None = None
     user: str | None = None
 
     @model_validator(mode="after")
@@ -155,8 +155,8 @@ class GenerationBody(ModelBody):
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repeat_penalty: float | None = Field(default=None, gt=0, le=10)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repeat_penalty: float | None = Field(default=None, ge=0.01, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: Annotated[dict[str, Bias] | None, AfterValidator(_biases)] = None
