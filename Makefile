@@ -5,6 +5,7 @@ PYTHON ?= python3
 # What pip is asked for in the parity environment; torch==X.Y.Z pins it (.ci/run does).
 TORCH ?= torch
 DEMO_ARGS ?=
+SERVE_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -17,12 +18,12 @@ export EDGELORA_SHARED ?= $(abspath ../shared)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-parity demo test test-parity check clean picture
+.PHONY: help setup setup-parity demo serve test test-parity check clean picture
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: ## make .venv (demo and dev extras, no torch)
+setup: ## make .venv (demo, serve and dev extras, no torch)
 	@$(PYTHON) scripts/setup.py --venv .venv --extras demo,dev
 
 setup-parity: ## make .venv-parity (with torch, transformers and PEFT)
@@ -30,6 +31,11 @@ setup-parity: ## make .venv-parity (with torch, transformers and PEFT)
 
 demo: setup ## build an adapter for an example, evaluate it, show an answer before and after
 	@$(BIN)/edgelora demo $(DEMO_ARGS)
+
+serve: setup ## serve the demo's adapter as OpenAI's API, with a page to talk to it
+	@test -n "$(wildcard build/demo/*.gguf)" || $(BIN)/edgelora demo $(DEMO_ARGS)
+	@for adapter in build/demo/*.gguf; do set -- "$$@" --adapter "$$adapter"; done; \
+	exec $(BIN)/edgelora serve --base smollm2-135m-instruct "$$@" $(SERVE_ARGS)
 
 test: setup ## the tests: no torch, no network, under three minutes
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

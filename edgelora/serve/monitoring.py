@@ -8,12 +8,13 @@ from pathlib import Path
 import psutil
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from edgelora.serve.counters import Stats
 from edgelora.serve.server import Server
 
+_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Name, what it says, attribute of Stats. "llamacpp:..." are those of llama-server.
 _COUNTERS = (
     ("llamacpp:prompt_tokens", "Prompt tokens computed", "prompt_tokens_total"),
@@ -42,7 +43,7 @@ def render(server: Server) -> tuple[bytes, str]:
     """The text of /metrics and its media type."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Server(server))
-    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+    return generate_latest(registry), _MEDIA_TYPE
 
 
 class _Server(Collector):
