@@ -129,6 +129,18 @@ class Prefixes:
         self._n_owners[cells] = 1
         sequence.n_tokens = end
 
+    def append(self, number: int, token: int) -> None:
+        """As `extend` for one token, which happens for every one that is generated."""
+        sequence = self._sequences[number]
+        if self._n_free < 1:
+            raise ValueError("no free cells")
+        self._n_free -= 1
+        cell = self._free[self._n_free]
+        self._tokens[number, sequence.n_tokens] = token
+        self._cells[number, sequence.n_tokens] = cell
+        self._n_owners[cell] = 1
+        sequence.n_tokens += 1
+
     def finish(self, number: int) -> list[int]:
         """A request is done: its sequence stays for others. Returns the sequences to remove."""
         sequence = self._sequences[number]

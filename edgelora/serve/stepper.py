@@ -13,7 +13,7 @@ from edgelora.engine.context import Context
 from edgelora.errors import Aborted, ContextFull, EdgeLoRAError, EngineError
 from edgelora.serve.batching import ALONE_S, MIXED_S, PromptSpeed, Turns, share
 from edgelora.serve.counters import Counters
-from edgelora.serve.jobs import AdapterSet
+from edgelora.serve.jobs import AdapterSet, Draining
 from edgelora.serve.prefixes import Prefixes, common_prefix
 from edgelora.serve.requests import Request
 
@@ -210,19 +210,23 @@ class Stepper:
         for part in shares:
             request = part.request
             rows = logits[part.row : part.row + part.n_outputs]
-            tokens = (
-                [request.next_token]
-                if request.next_token is not None
-                else request.prompt[request.n_done : request.n_done + part.n]
-            )
-            assert request.sequence is not None
-            self.prefixes.extend(request.sequence, tokens)
+            self._note(part)
             try:
                 self._advance(part, rows)
             except EdgeLoRAError as error:
                 self._fail([request], error)
             if request.reason is not None and request in self.running:
                 self._ended(request)
+
+    def _note(self, part: _Share) -> None:
+        """The tokens of this part are in the KV cache."""
+        request = part.request
+        assert request.sequence is not None
+        if request.next_token is not None:
+            self.prefixes.append(request.sequence, request.next_token)
+        else:
+            tokens = request.prompt[request.n_done : request.n_done + part.n]
+            self.prefixes.extend(request.sequence, tokens)
 
     def _advance(self, part: _Share, rows: NDArray[np.float32]) -> None:
         request, job = part.request, part.request.job
@@ -261,14 +265,18 @@ class Stepper:
 
     def _fail(self, requests: Sequence[Request], error: EdgeLoRAError) -> None:
         for request in requests:
-            request.fail(error)
+            request.reason = "failed"
         self._drop(requests)
+        for request in requests:
+            request.fail(error)
 
     def _drop(self, requests: Sequence[Request]) -> None:
         """Free slots, and forget the cells, which may be incomplete."""
         for request in requests:
-            if request.reason is None:
+            if request.reason is None and request.cancelled:
                 request.abandon()
+            elif request.reason is None:  # `Scheduler.stop` aborts what somebody still waits for
+                request.fail(Draining("the server is ending"))
             self.running.remove(request)
             self._counters.requests[request.reason or ""] += 1
             if request.sequence is not None:
