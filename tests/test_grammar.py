@@ -89,15 +89,28 @@ class Drawing:
     def __init__(self, model: Model, context: Any) -> None:
         self.model, self.context = model, context
 
-    def draw(self, grammar: str, seed: int, max_tokens: int = 1500) -> str | None:
-        """One text; None if it had no end after `max_tokens`."""
+    def draw(
+        self,
+        grammar: str,
+        seed: int,
+        max_tokens: int = 1500,
+        *,
+        likely: str = '"}]',
+        end: float = 0,
+    ) -> str | None:
+        """One text; None if it had no end after `max_tokens`.
+
+        Args:
+            likely: characters whose tokens are made likelier, so that texts end.
+            end: what is added to the logits of tokens that end the text.
+        """
         vocabulary = self.model.vocabulary
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         native = llama_cpp.llama_model_get_vocab(self.model.handle)
         sampler = llama_cpp.llama_sampler_init_grammar(native, grammar.encode(), b"root")
         assert sampler
         llama_cpp.llama_sampler_chain_add(chain, sampler)
-        llama_cpp.llama_sampler_chain_add(chain, self._bias())
+        llama_cpp.llama_sampler_chain_add(chain, self._bias(likely, end))
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(1.0))
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))
         ids: list[int] = []
@@ -114,13 +127,12 @@ class Drawing:
             llama_cpp.llama_sampler_free(chain)
         return None
 
-    def _bias(self) -> Any:
-        """Quotation marks and closing brackets, so that texts end; no control token but EOG."""
+    def _bias(self, likely: str, end: float) -> Any:
+        """The bias; control tokens never come, but for those that end the text."""
         vocabulary = self.model.vocabulary
-        ids = {text: vocabulary.tokenize(text)[-1] for text in ('"', "}", "]")}
-        values = {token: 4.0 for token in ids.values()}
+        values = {vocabulary.tokenize(character)[-1]: 4.0 for character in likely}
         for token in vocabulary.control_ids.values():
-            values[token] = 0.0 if vocabulary.is_end(token) else -1e9
+            values[token] = end if vocabulary.is_end(token) else -1e9
         entries = (llama_cpp.llama_logit_bias * len(values))(*values.items())
         return llama_cpp.llama_sampler_init_logit_bias(vocabulary.n_tokens, len(values), entries)
 

@@ -126,6 +126,24 @@ class Template:
                 raise
             return self._segments(with_short_ids(turns), True, given)
 
+    def answer_segments(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answer: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Segment] | None:
+        """What follows `render_chat(messages, tools)` when `answer` is the assistant's turn.
+
+        None where the template opens an answer otherwise than it writes one afterwards.
+
+        Raises:
+            TemplateError: as `render_chat` does.
+        """
+        turns, given = self._foldable(turns_of(messages)), tools_of(tools)
+        prompt = self._segments(turns, True, given)
+        whole = self._segments([*turns, *turns_of([answer])], False, given)
+        return after(prompt, whole)
+
     @functools.cached_property
     def takes_tools(self) -> bool:
         """Whether the template writes the tools that it is given."""

@@ -17,6 +17,7 @@ __all__ = [
     "SchemaError",
     "check_gbnf",
     "json_schema_to_gbnf",
+    "schema_rules",
     "text_to_gbnf",
 ]
 
@@ -51,19 +52,10 @@ def json_schema_to_gbnf(
     Raises:
         SchemaError: names every keyword that is not enforced, every bad `$ref`, and its place.
     """
-    reduced = reduce_schema(
-        schema,
-        max_bytes=max_bytes,
-        max_depth=max_depth,
-        max_repetitions=min(max_repetitions, MAX_REPETITIONS),
-    )
-    converter = _Converter()
+    limits = {"max_bytes": max_bytes, "max_depth": max_depth, "max_repetitions": max_repetitions}
+    grammar = schema_rules({"": schema}, **limits)
     try:
-        converter.visit(converter.resolve_refs(reduced, ""), "")
-        grammar: str = converter.format_grammar()
         check_gbnf(grammar, MAX_GRAMMAR_BYTES)
-    except RecursionError as error:
-        raise SchemaError("the JSON schema's references go too deep") from error
     except InvalidGrammar as error:
         said = str(error).partition(": ")[2]
         if "left recursion" in said:
@@ -72,6 +64,42 @@ def json_schema_to_gbnf(
             "the JSON schema makes a grammar that cannot be used", problems=[said]
         ) from error
     return grammar
+
+
+def schema_rules(
+    schemas: Mapping[str, Mapping[str, Any]],
+    *,
+    max_bytes: int = 64_000,
+    max_depth: int = 64,
+    max_repetitions: int = MAX_REPETITIONS,
+) -> str:
+    """Rules of a grammar: one for each schema, named as given ("" is `root`), and `space`.
+
+    They are not checked as a whole: `json_schema_to_gbnf` and what adds a root to them do that.
+
+    Raises:
+        SchemaError: as `json_schema_to_gbnf`; the problems begin with the schema's name.
+    """
+    converter = _Converter()
+    problems: list[str] = []
+    for i, (name, schema) in enumerate(schemas.items()):
+        try:
+            reduced = reduce_schema(
+                schema,
+                max_bytes=max_bytes,
+                max_depth=max_depth,
+                max_repetitions=min(max_repetitions, MAX_REPETITIONS),
+                prefix=f"d{i}x",
+            )
+            converter.visit(converter.resolve_refs(reduced, ""), name)
+        except SchemaError as error:
+            said = error.problems or (error.what,)
+            problems += [f"{name}: {one}" if name else one for one in said]
+        except RecursionError:
+            problems.append(f"{name or '#'}: its references go too deep")
+    if problems:
+        raise SchemaError("the JSON schema cannot be enforced", problems=problems)
+    return str(converter.format_grammar())
 
 
 def text_to_gbnf(text: str) -> str:

@@ -45,15 +45,23 @@ FORMATS = {
 
 
 def reduce_schema(
-    schema: Mapping[str, Any], *, max_bytes: int, max_depth: int, max_repetitions: int
+    schema: Mapping[str, Any],
+    *,
+    max_bytes: int,
+    max_depth: int,
+    max_repetitions: int,
+    prefix: str = "d",
 ) -> dict[str, Any]:
     """The schema in the converter's terms; `pattern` is GBNF already, and `$ref`s are renamed.
+
+    Args:
+        prefix: of the new names of what `$ref`s lead to.
 
     Raises:
         SchemaError: with every problem found, each with its place as a JSON pointer.
     """
     _refuse_size(schema, max_bytes, max_depth)
-    reducer = _Reducer(schema, max_depth, max_repetitions)
+    reducer = _Reducer(schema, max_depth, max_repetitions, prefix)
     whole = reducer.reduce(schema, "#")
     reduced = {"anyOf": [whole], "$defs": reducer.definitions()}
     if reducer.problems:
@@ -85,8 +93,11 @@ def _inside(value: object) -> Iterator[object]:
 class _Reducer:
     """Walks a schema with its place, gathering problems."""
 
-    def __init__(self, root: Mapping[str, Any], max_depth: int, max_repetitions: int) -> None:
+    def __init__(
+        self, root: Mapping[str, Any], max_depth: int, max_repetitions: int, prefix: str
+    ) -> None:
         self.root = root
+        self.prefix = prefix
         self.max_depth = max_depth
         self.max_repetitions = max_repetitions
         self.problems: dict[str, None] = {}
@@ -159,7 +170,7 @@ class _Reducer:
             self._problem(f"{at}/$ref", f"{pointer!r} leads nowhere in this schema")
             return ANY
         # Names of our own: the converter takes a rule of the same name for the one referred to.
-        name = self.names.setdefault(pointer, f"d{len(self.names)}def")
+        name = self.names.setdefault(pointer, f"{self.prefix}{len(self.names)}def")
         return {"$ref": f"#/$defs/{name}"}
 
     def _constants(self, keyword: str, schema: Mapping[str, Any], at: str) -> dict[str, Any]:
