@@ -294,10 +294,10 @@ def report(row: dict[str, Any]) -> str:
 
 def filled(page: str, told: str) -> str:
     """The page with the report between its marks."""
-    pattern = re.compile(r"(<!-- auto -->\n).*?(\n<!-- /auto -->)", re.DOTALL)
+    pattern = re.compile(r"(<!-- auto -->\n).*?(<!-- /auto -->)", re.DOTALL)
     if not pattern.search(page):
         raise SystemExit("the page has no block <!-- auto --> ... <!-- /auto -->")
-    return pattern.sub(lambda found: found[1] + told + found[2], page)
+    return pattern.sub(lambda found: found[1] + told + "\n" + found[2], page)
 
 
 if __name__ == "__main__":
