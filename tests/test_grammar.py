@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import random
@@ -126,6 +127,26 @@ class Drawing:
         finally:
             llama_cpp.llama_sampler_free(chain)
         return None
+
+    def accepts(self, grammar: str, text: str) -> bool:
+        """Whether llama.cpp's grammar allows the whole text, and its end after it."""
+        native = llama_cpp.llama_model_get_vocab(self.model.handle)
+        sampler = llama_cpp.llama_sampler_init_grammar(native, grammar.encode(), b"root")
+        data = (llama_cpp.llama_token_data * 1)()
+        # One token for each byte: SentencePiece would put a space before the text.
+        first = next(t for t in range(300) if self.model.vocabulary.text_of(t) == "<0x00>")
+        tokens = [first + byte for byte in text.encode()] + [self.model.vocabulary.eos]
+        try:
+            for token in tokens:
+                data[0].id, data[0].logit = token, 0.0
+                array = llama_cpp.llama_token_data_array(data, 1, -1, False)
+                llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+                if data[0].logit != 0.0:
+                    return False
+                llama_cpp.llama_sampler_accept(sampler, token)
+        finally:
+            llama_cpp.llama_sampler_free(sampler)
+        return True
 
     def _bias(self, likely: str, end: float) -> Any:
         """The bias; control tokens never come, but for those that end the text."""

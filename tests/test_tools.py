@@ -140,6 +140,35 @@ def test_answers_read_back_whole_and_streamed(name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_grammar_allows_those_answers(name: str, drawing: Drawing) -> None:  # noqa: F811
+    template, text, *_ = ANSWERS[name]
+    assert drawing.accepts(plan(template).grammar, text) == (not name.startswith("cut"))
+    one = plan(template, parallel=False).grammar
+    several = len(ANSWERS[name][3]) > 1
+    assert drawing.accepts(one, text) == (not name.startswith("cut") and not several)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("tagged", '<tool_call>\n{"name": "fly", "arguments": {}}\n</tool_call>'),
+        ("tagged", '<tool_call>\n{"name": "now-1", "arguments": {"a": 1}}\n</tool_call>'),
+        ("tagged", 'I see <<tool_call>\n{"name": "now-1", "arguments": {}}'),
+        ("tagged", '<tool_call>\n{"name": "now-1", "arguments": {}}\n</tool_call> and text'),
+        ("none", '{"name": "get_weather", "arguments": {"city": "toolong", "unit": "C"}}'),
+        ("none", ' {"a": 1}'),
+        ("listed", '[{"a": 1}]'),
+    ],
+)
+def test_the_grammar_allows_no_wrong_call(
+    template: str,
+    text: str,
+    drawing: Drawing,  # noqa: F811
+) -> None:
+    assert not drawing.accepts(plan(template).grammar, text)
+
+
 def test_where_no_call_may_be_made_everything_is_text() -> None:
     call = '{"name": "now-1", "arguments": {}}'
     for made in (plan("none", "none"), plan_tools(None, None, None, template=TEMPLATES["none"])):
