@@ -24,6 +24,11 @@ _LOG_LEVELS = {1: 5, 2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 # Said of every tensor of every adapter where the base's weights are repacked, and harmless.
 _ONCE = "cannot use buft"
 _said: set[str] = set()
+# Said of a batch that was stopped on request, or that comes again when cells are free.
+_EXPECTED = (
+    "failed with error 1", "compute status: 1", "removing memory module entries", "ret = 2",
+    "failed to find a memory slot",
+)  # fmt: skip
 
 
 def keep_line(level: int, line: str) -> None:
@@ -33,6 +38,8 @@ def keep_line(level: int, line: str) -> None:
             return
         _said.add(_ONCE)
         level, line = 2, f"{line} (and so for other tensors)"
+    if any(text in line for text in _EXPECTED):
+        level = 2
     line = line.lstrip(".")  # dots are llama.cpp's progress bar
     if not line:
         return
