@@ -33,13 +33,16 @@ export async function* streamAnswer(body, signal) {
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
     signal,
   });
+  let isWhole = false;
+  // Read to the end, so that the connection can be used again.
   for await (const data of events(reply.body)) {
-    if (data === "[DONE]") return;
+    isWhole ||= data === "[DONE]";
+    if (isWhole) continue;
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ServerError(chunk.error.message, reply.status, chunk.error.code);
     yield chunk;
   }
-  throw new ServerError("The connection ended before the answer did.", reply.status);
+  if (!isWhole) throw new ServerError("The connection ended before the answer did.", reply.status);
 }
 
 // Paths are relative, so that the page also works behind a proxy that adds a prefix.

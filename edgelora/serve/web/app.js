@@ -148,7 +148,7 @@ async function fillAnswer({ id, name, text, meta, view }, question, signal) {
 function summary(reason, limit, { n_tokens, first, last }) {
   const parts = [reason === "length" ? `cut at ${limit} tokens` : (ENDS[reason] ?? reason)];
   if (n_tokens) parts.push(`${n_tokens} token${n_tokens === 1 ? "" : "s"}`);
-  if (last > first) parts.push(`${((1000 * (n_tokens - 1)) / (last - first)).toFixed(1)} tokens/s`);
+  if (n_tokens > 1 && last > first) parts.push(`${((1000 * (n_tokens - 1)) / (last - first)).toFixed(1)} tokens/s`);
   return parts.join(" · ");
 }
 
