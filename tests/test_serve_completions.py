@@ -14,6 +14,7 @@ import openai
 import pico
 import pytest
 from alone import Alone, alone
+from openai.types import Completion
 from serving import Running, running
 
 from edgelora.engine.model import WeightedAdapter
@@ -77,6 +78,7 @@ def test_the_answer_is_the_engine_s(setup: Setup) -> None:
     assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-")
     assert answer["model"] == "base" and answer["system_fingerprint"].startswith("fp_")
     assert abs(answer["created"] - time.time()) < 60
+    Completion.model_validate(answer)
     (choice,) = answer["choices"]
     assert choice == {
         "text": setup.alone.answer(ids, 12),

@@ -16,6 +16,7 @@ from pydantic import (
 from edgelora.serve.openai_errors import bad_request
 from edgelora.serve.schema import Body, GenerationBody, JsonObject, Only, encodable, wrong
 
+_SCHEMA_PARAM = "response_format.json_schema"  # where pydantic would name the Python attribute
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
@@ -146,7 +147,7 @@ class ResponseFormat(Body):
     @classmethod
     def _has_its_schema(cls, named: NamedSchema | None, info: ValidationInfo) -> NamedSchema | None:
         if named is None and info.data.get("type") == "json_schema":
-            raise wrong("a response format of type json_schema needs 'json_schema'")
+            raise bad_request("the type json_schema needs 'json_schema'", _SCHEMA_PARAM)
         return named
 
     def wanted_schema(self) -> dict[str, Any] | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -12,17 +11,20 @@ from fastapi.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from edgelora.serve.answering import ANSWERS, Numbered, answer_stream, answer_whole
+from edgelora.serve.assistant import AssistantTurn
 from edgelora.serve.conversation import Question, prepare
 from edgelora.serve.generation import Generation, Outcome
 from edgelora.serve.jobs import Finished, Piece, Prefilled, TokenLogprob
 from edgelora.serve.logprob_shapes import chat_logprobs
 from edgelora.serve.openai_errors import ApiError, responses
 from edgelora.serve.preparing import Target, choices, choose_model, envelope
+from edgelora.serve.response_items import Output, Told
 from edgelora.serve.responses_schema import ResponsesBody
 from edgelora.serve.streaming import named
 
 if TYPE_CHECKING:
     from edgelora.serve.server import Server
+    from edgelora.serve.tools import ToolPlan
 
 router = APIRouter()
 
@@ -36,7 +38,7 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     generation = Generation(
         server.scheduler, [choices(prepared.job, target, 1)], streamed=bool(body.stream)
     )
-    shape = _Shape(server, body, target, generation)
+    shape = _Shape(server, body, target, prepared.plan, generation)
     if body.stream:
         return await answer_stream(request, generation, shape.stream, target.headers, shape.failed)
     return await answer_whole(request, generation, shape.whole, target.headers)
@@ -49,8 +51,12 @@ def _question(body: ResponsesBody) -> Question:
         max_tokens=body.max_output_tokens,
         n_logprobs=body.n_alternatives(),
         format=body.format(),
+        tools=[tool.in_chat() for tool in body.tools or ()],
+        tool_choice=body.choice(),
+        parallel_tool_calls=body.parallel_tool_calls,
         messages_param="input",
-        format_param="text.format.schema",
+        format_param="text.format",
+        schema_param="text.format.schema",
     )
 
 
@@ -58,7 +64,12 @@ class _Shape:
     """Response objects, and the events by which one grows."""
 
     def __init__(
-        self, server: Server, body: ResponsesBody, target: Target, generation: Generation
+        self,
+        server: Server,
+        body: ResponsesBody,
+        target: Target,
+        plan: ToolPlan,
+        generation: Generation,
     ) -> None:
         common = envelope(server, target, "response", "resp_")
         self._fields = {
@@ -71,18 +82,58 @@ class _Shape:
         }
         self._generation = generation
         self._name = server.model.vocabulary.text_of
-        self._message_id = f"msg_{secrets.token_hex(12)}"
+        self._turn = AssistantTurn(plan)
+        self._output = Output()
+        self._tokens: list[TokenLogprob] = []
         self._n_events = 0
 
     def whole(self, outcomes: list[Outcome]) -> dict[str, Any]:
         """The finished response."""
         (outcome,) = outcomes
         assert outcome.finished is not None
-        cut = outcome.finished.reason == "length"
+        for _ in self._grown(Piece(outcome.text, tuple(outcome.tokens))):
+            pass
+        for _ in self._ended(outcome.finished):
+            pass
+        return self._finished(outcome.finished)
+
+    async def stream(self, events: Numbered) -> AsyncGenerator[bytes, None]:
+        """The Responses API's events, each with its number."""
+        async for _, event in events:
+            if isinstance(event, Piece):
+                for kind, fields in self._grown(event):
+                    yield self._event(kind, fields)
+            elif isinstance(event, Prefilled):
+                begun = {"response": self._response("in_progress")}
+                yield self._event("response.created", begun)
+                yield self._event("response.in_progress", begun)
+            elif isinstance(event, Finished):
+                for kind, fields in self._ended(event):
+                    yield self._event(kind, fields)
+                response = self._finished(event)
+                yield self._event(f"response.{response['status']}", {"response": response})
+
+    def failed(self, error: ApiError) -> bytes:
+        """What a stream ends with that could not be finished."""
+        details = {"code": error.code or "server_error", "message": error.message}
+        return self._event("response.failed", {"response": self._response("failed", error=details)})
+
+    def _grown(self, piece: Piece) -> Iterator[Told]:
+        self._tokens += piece.tokens
+        for part in self._turn.add(piece.text):
+            yield from self._output.add(part, self._logprobs())
+
+    def _ended(self, finished: Finished) -> Iterator[Told]:
+        for part in self._turn.end():
+            yield from self._output.add(part, self._logprobs())
+        yield from self._output.end(self._logprobs(), cut=finished.reason == "length")
+
+    def _finished(self, finished: Finished) -> dict[str, Any]:
+        cut = finished.reason == "length"
         usage = self._generation.usage()
         return self._response(
             "incomplete" if cut else "completed",
-            output=[self._message(outcome.text, outcome.tokens, cut=cut)],
+            output=self._output.items,
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
             completed_at=None if cut else int(time.time()),
             usage={
@@ -94,55 +145,6 @@ class _Shape:
             },
         )
 
-    async def stream(self, events: Numbered) -> AsyncGenerator[bytes, None]:
-        """The Responses API's events, each with its number."""
-        async for _, event in events:
-            if isinstance(event, Piece):
-                yield self._delta(event)
-            elif isinstance(event, Prefilled):
-                for opening in self._openings():
-                    yield opening
-            elif isinstance(event, Finished):
-                for ending in self._endings():
-                    yield ending
-
-    def failed(self, error: ApiError) -> bytes:
-        """What a stream ends with that could not be finished."""
-        details = {"code": error.code or "server_error", "message": error.message}
-        response = self._response("failed", error=details)
-        return self._event("response.failed", response=response)
-
-    def _openings(self) -> Iterator[bytes]:
-        begun = self._response("in_progress")
-        yield self._event("response.created", response=begun)
-        yield self._event("response.in_progress", response=begun)
-        item = {**self._item("in_progress"), "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._in_text("response.content_part.added", part=_part("", []))
-
-    def _delta(self, piece: Piece) -> bytes:
-        logprobs = self._logprobs(piece.tokens)
-        return self._in_text("response.output_text.delta", delta=piece.text, logprobs=logprobs)
-
-    def _endings(self) -> Iterator[bytes]:
-        response = self.whole(self._generation.outcomes)
-        (item,) = response["output"]
-        (part,) = item["content"]
-        done = {"text": part["text"], "logprobs": part["logprobs"]}
-        yield self._in_text("response.output_text.done", **done)
-        yield self._in_text("response.content_part.done", part=part)
-        yield self._event("response.output_item.done", output_index=0, item=item)
-        yield self._event(f"response.{response['status']}", response=response)
-
-    def _in_text(self, kind: str, **fields: Any) -> bytes:
-        where = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-        return self._event(kind, **where, **fields)
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        number = self._n_events
-        self._n_events += 1
-        return named(kind, {"type": kind, "sequence_number": number, **fields})
-
     def _response(self, status: str, **fields: Any) -> dict[str, Any]:
         unset: dict[str, Any] = {
             "output": [],
@@ -153,20 +155,17 @@ class _Shape:
         }
         return {**self._fields, "status": status, **unset, **fields}
 
-    def _message(self, text: str, tokens: Sequence[TokenLogprob], *, cut: bool) -> dict[str, Any]:
-        content = [_part(text, self._logprobs(tokens))]
-        return {**self._item("incomplete" if cut else "completed"), "content": content}
+    def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
+        number = self._n_events
+        self._n_events += 1
+        return named(kind, {"type": kind, "sequence_number": number, **fields})
 
-    def _item(self, status: str) -> dict[str, Any]:
-        return {"type": "message", "id": self._message_id, "status": status, "role": "assistant"}
-
-    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
-        entries: list[dict[str, Any]] = chat_logprobs(tokens, self._name)["content"]
+    def _logprobs(self) -> list[dict[str, Any]]:
+        """Those of the tokens since the last call."""
+        shape = chat_logprobs(self._tokens, self._name)
+        self._tokens = []
+        entries: list[dict[str, Any]] = shape["content"]
         return entries
-
-
-def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _echoed(body: ResponsesBody) -> dict[str, Any]:
@@ -185,7 +184,7 @@ def _echoed(body: ResponsesBody) -> dict[str, Any]:
         "temperature": 1.0 if body.temperature is None else body.temperature,
         "text": {"format": shown},
         "tool_choice": body.tool_choice or "auto",
-        "tools": [],
+        "tools": [tool.shown() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "truncation": "disabled",

@@ -56,6 +56,10 @@ class Function(Body):
             "function": self.model_dump(exclude={"type"}, exclude_none=True),
         }
 
+    def shown(self) -> dict[str, Any]:
+        """The function as a response repeats it."""
+        return {**self.model_dump(), "strict": self.strict is not False}
+
 
 class TextFormat(Body):
     """`text.format`: a schema is beside its name here, not in an object of its own."""
@@ -136,6 +140,12 @@ class ResponsesBody(GenerationBody):
         """`Job.n_logprobs`."""
         wanted = LOGPROBS in (self.include or []) or self.top_logprobs is not None
         return (self.top_logprobs or 0) if wanted else None
+
+    def choice(self) -> str | dict[str, Any] | None:
+        """The tool choice as chat completions write it."""
+        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "function":
+            return {"type": "function", "function": {"name": self.tool_choice.get("name")}}
+        return self.tool_choice
 
     def turns(self) -> list[dict[str, Any]]:
         """The conversation as templates read it; calls that follow each other are one turn's."""
