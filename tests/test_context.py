@@ -56,6 +56,23 @@ def test_a_sequence_shares_a_part_of_another(model: Model) -> None:
                 context.remove_sequence(wrong)
 
 
+def test_a_sequence_is_saved_and_loaded(model: Model) -> None:
+    with open_context(model, n_ctx=256, n_sequences=4, exact=True) as context:
+        expected = logits(context, (*TOKENS, 9))
+        context.clear()
+        logits(context, TOKENS, 1)
+        data = context.save_sequence(1)
+        context.clear()
+        logits(context, (77, 78, 79), 0)
+        assert context.load_sequence(2, data)
+        np.testing.assert_allclose(logits(context, (9,), 2, 8)[0], expected[-1], atol=1e-4)
+        context.remove_sequence(2)
+        logits(context, range(5, 255), 3)
+        assert not context.load_sequence(2, data)  # 256 cells, 253 are in use
+        logits(context, TOKENS[:3], 2)  # the sequence is empty
+        assert not context.load_sequence(1, data[:40])
+
+
 def test_more_cells_than_one_sequence_may_use(model: Model) -> None:
     with open_context(model, n_ctx=64, n_cells=1024, n_batch=64, n_sequences=20) as context:
         assert (context.n_ctx, context.n_cells) == (64, 1024)

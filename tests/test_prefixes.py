@@ -91,6 +91,31 @@ def test_the_least_recently_used_go_first() -> None:
     assert prefixes.evict() is None
 
 
+def test_what_is_dropped_for_room_is_told_before() -> None:
+    told: list[tuple[int, object, list[int]]] = []
+    prefixes = Prefixes(
+        4, 8, 16, 1, on_evict=lambda number, key, held: told.append((number, key, held.tolist()))
+    )
+    first, _ = filled(prefixes, "a", tokens(1, 2))
+    second, _ = filled(prefixes, "b", tokens(3, 4, 5))
+    third, _ = filled(prefixes, "b", tokens(6))
+    prefixes.finish(first)
+    assert prefixes.finish(second) == [first]
+    prefixes.finish(third)
+    prefixes.drop_keys(lambda key: True)  # unwanted: nobody is told
+    assert told == [(first, "a", [1, 2]), (second, "b", [3, 4, 5])]
+
+
+def test_finished_ones_are_trimmed_to_so_many_tokens() -> None:
+    prefixes = Prefixes(4, 8, 32, 3)
+    numbers = [filled(prefixes, "a", tokens(i, 2, 3))[0] for i in range(3)]
+    for number in numbers[:2]:
+        prefixes.finish(number)
+    assert prefixes.trim(6) == []
+    assert prefixes.trim(5) == [numbers[0]]
+    assert prefixes.trim(0) == [numbers[1]]
+
+
 def test_ids_run_out_before_cells_do() -> None:
     prefixes = Prefixes(2, 16, 64, 1)
     first, _ = filled(prefixes, "base", tokens(1, 2, 3))

@@ -204,6 +204,39 @@ def test_a_small_cache_drops_finished_requests_and_never_running_ones(model: Mod
         assert 0 < stats.cached_sequences < 12
 
 
+def test_what_left_the_kv_cache_is_copied_back(model: Model, sets: list[AdapterSet]) -> None:
+    first, second = ids(model, f"{SYSTEM} {SYSTEM}"), ids(model, f"was he {SYSTEM}")
+    with scheduling(model, n_slots=2, n_cached_sequences=1) as scheduler:
+        for adapters in sets[:2]:
+            ask(scheduler, Job(first, adapters, max_tokens=4))
+            ask(scheduler, Job(second, adapters, max_tokens=4))
+        stats = scheduler.stats()
+        assert (stats.cached_sequences, stats.stored_sequences) == (1, 3)
+        assert stats.cached_tokens_total == 0 < stats.stored_bytes
+        for adapters in sets[:2]:
+            job = Job((*first[:30], *ids(model, "is it you")), adapters, max_tokens=9)
+            answers = [submit(scheduler, job) for _ in range(2)]
+            for answer in answers:
+                assert answer.wait().text == alone(model, job)
+            assert answers[0].prefilled.n_cached == 30
+        assert scheduler.stats().copy_s_total > 0
+        scheduler.unload(sets[1][0].path).result(WAIT_S)
+        # What is left is the base's; the other set's finished sequences and copies are gone.
+        assert ask(scheduler, Job(first, sets[1], max_tokens=1)).prefilled.n_cached == 0
+        assert ask(scheduler, Job(first, max_tokens=1)).prefilled.n_cached == len(first) - 1
+
+
+def test_nothing_is_copied_for_layers_that_see_a_window(tmp_path: Path) -> None:
+    path = pico.write_base(tmp_path / "base.gguf")
+    with open_model(path, ModelOptions(n_threads=1)) as model:
+        assert not model.has_windows
+        model.has_windows = True
+        with scheduling(model, n_slots=1, n_cached_sequences=1) as scheduler:
+            for text in (SYSTEM, f"was {SYSTEM}"):
+                ask(scheduler, Job(ids(model, text), max_tokens=4))
+            assert scheduler.stats().stored_sequences == 0
+
+
 def test_nothing_is_kept_where_nothing_may_be(model: Model) -> None:
     job = Job(ids(model, SYSTEM), max_tokens=4)
     with scheduling(model, n_cached_sequences=0) as scheduler:

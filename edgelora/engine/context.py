@@ -124,6 +124,28 @@ class Context:
         self.kept = []
         llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
+    def save_sequence(self, sequence: int) -> NDArray[np.uint8]:
+        """The cells of a sequence as bytes, for `load_sequence`."""
+        self._refuse_sequences(sequence)
+        data = np.empty(llama_cpp.llama_state_seq_get_size(self.handle, sequence), np.uint8)
+        n = llama_cpp.llama_state_seq_get_data(self.handle, _bytes(data), data.nbytes, sequence)
+        if n != data.nbytes:
+            raise EngineError("llama.cpp could not save a sequence", problems=native.recent_log())
+        return data
+
+    def load_sequence(self, sequence: int, data: NDArray[np.uint8]) -> bool:
+        """Give a sequence the cells that were saved of some sequence of this context.
+
+        Returns:
+            False if there are not enough free cells; the sequence is empty then.
+        """
+        self._refuse_sequences(sequence)
+        self.kept = []
+        n = llama_cpp.llama_state_seq_set_data(self.handle, _bytes(data), data.nbytes, sequence)
+        if n != data.nbytes:
+            self.remove_sequence(sequence)
+        return bool(n == data.nbytes)
+
     def abort(self) -> None:
         """Stop the decode that runs now, and each after it until `resume`; from any thread."""
         self._abort_flag.set(True)
@@ -179,6 +201,10 @@ class Context:
         for sequence in sequences:
             if not 0 <= sequence < self.n_sequences:
                 raise EngineError(f"sequence {sequence} of {self.n_sequences}")
+
+
+def _bytes(data: NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _failed_decode(code: int, context: Context) -> EngineError:

@@ -53,6 +53,7 @@ class Model:
 
     Attributes:
         warnings: what the user should know of how it was opened.
+        has_windows: some layers attend to the last tokens only.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Model:
         self.vocabulary = Vocabulary(handle)
         self.n_embd: int = llama_cpp.llama_model_n_embd(handle)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(handle)
+        self.has_windows: bool = llama_cpp.llama_model_n_swa(handle) > 0
         self.in_use: dict[int, frozenset[int]] = {}
         self._adapters: dict[tuple[Path, int, int], Any] = {}
 

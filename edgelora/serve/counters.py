@@ -13,7 +13,8 @@ class Counters:
     Attributes:
         prompt_tokens: computed prompt tokens; those taken from the cache are not in it.
         prompt_s, generated_s: seconds of the finished requests' prompts and answers, summed.
-        decode_s, sample_s: in llama_decode, and in llama.cpp's samplers.
+        decode_s, sample_s, copy_s: in llama_decode, in llama.cpp's samplers, and with finished
+            sequences that are put aside or copied back.
         host_s: the rest of the steps' time, which is Python's: batches, texts, events.
         requests: ended requests by reason: "stop", "length", "failed", "cancelled".
         answer_s: a moving average of a request's time in its slot.
@@ -27,10 +28,16 @@ class Counters:
     decode_calls: int = 0
     decode_s: float = 0.0
     sample_s: float = 0.0
+    copy_s: float = 0.0
     host_s: float = 0.0
     rejected: int = 0
     requests: collections.Counter[str] = field(default_factory=collections.Counter)
     answer_s: float = 1.0
+
+    @property
+    def native_s(self) -> float:
+        """Seconds in llama.cpp."""
+        return self.decode_s + self.sample_s + self.copy_s
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,13 @@ class Stats:
 
     Attributes:
         cells_used: KV cells that hold tokens, of running and of finished requests.
-        cached_sequences: finished requests whose cells are kept.
+        cached_sequences: finished requests whose cells are in the KV cache.
+        stored_sequences, stored_bytes: finished requests whose cells were put aside, in memory.
         prompt_tokens_total: computed prompt tokens; those taken from the cache are not in it.
         prompt_s, generated_s: seconds of the finished requests' prompts and answers, summed.
         decode_calls, decode_s_total: of llama_decode.
         sample_s_total: in llama.cpp's samplers.
+        copy_s_total: with finished sequences that are put aside or copied back.
         host_s_total: the rest of the steps' time, which is Python's.
         requests: ended requests by reason: "stop", "length", "failed", "cancelled".
     """
@@ -54,6 +63,8 @@ class Stats:
     cells_used: int
     cells_total: int
     cached_sequences: int
+    stored_sequences: int
+    stored_bytes: int
     prompt_tokens_total: int
     generated_tokens_total: int
     cached_tokens_total: int
@@ -62,6 +73,7 @@ class Stats:
     decode_calls: int
     decode_s_total: float
     sample_s_total: float
+    copy_s_total: float
     host_s_total: float
     rejected_total: int
     cancelled_total: int

@@ -24,7 +24,10 @@ class Limits:
         kv_type: "f16", "q8_0", "q4_0" or "f32".
         max_queue: requests that may wait for a slot; one more is refused with QueueFull.
         queue_timeout_s: a request that waits longer gets QueueTimeout.
-        n_cached_sequences: finished requests whose KV cells are kept for the next ones.
+        n_cached_sequences: finished requests that stay in the KV cache for the next ones at most;
+            0: nothing is ever reused.
+        cache_bytes: memory beside the KV cache for what leaves it, so that a prefix is copied back
+            rather than computed again.
     """
 
     n_slots: int = 4
@@ -34,6 +37,7 @@ class Limits:
     max_queue: int = 64
     queue_timeout_s: float = 60.0
     n_cached_sequences: int = 16
+    cache_bytes: int = 256 << 20
 
     @property
     def n_cells(self) -> int:

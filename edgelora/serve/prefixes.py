@@ -59,10 +59,20 @@ class Prefixes:
         n_ctx: tokens of one sequence at most.
         n_cells: of the cache.
         n_cached: finished sequences that are kept.
+        on_evict: called with the id, key and tokens of a finished sequence before it is dropped to
+            make room.
     """
 
-    def __init__(self, n_sequences: int, n_ctx: int, n_cells: int, n_cached: int) -> None:
+    def __init__(
+        self,
+        n_sequences: int,
+        n_ctx: int,
+        n_cells: int,
+        n_cached: int,
+        on_evict: Callable[[int, Hashable, Tokens], None] = lambda number, key, tokens: None,
+    ) -> None:
         self.n_cells = n_cells
+        self._on_evict = on_evict
         self._n_cached = n_cached
         self._sequences: dict[int, _Sequence] = {}
         self._unused = list(range(n_sequences))
@@ -158,12 +168,22 @@ class Prefixes:
         """Drop finished sequences until `n_tokens` more fit; returns those to remove."""
         return list(self._evict_while(lambda: self._n_free < n_tokens))
 
+    def trim(self, n_tokens: int) -> list[int]:
+        """Drop finished sequences until they have no more than `n_tokens` together."""
+
+        def n_held() -> int:
+            return sum(s.n_tokens for s in self._sequences.values() if not s.is_running)
+
+        return list(self._evict_while(lambda: n_held() > n_tokens))
+
     def evict(self) -> int | None:
         """Drop the finished sequence that was not used for longest; None if there is none."""
         finished = [n for n, sequence in self._sequences.items() if not sequence.is_running]
         if not finished:
             return None
         oldest = min(finished, key=lambda number: self._sequences[number].last_used)
+        sequence = self._sequences[oldest]
+        self._on_evict(oldest, sequence.key, self._tokens[oldest, : sequence.n_tokens])
         self.drop(oldest)
         return oldest
 

@@ -21,6 +21,7 @@ from edgelora.engine.context import Context, open_context
 from edgelora.engine.model import Model
 from edgelora.engine.sampling import open_sampler
 from edgelora.errors import EdgeLoRAError, EngineError, NotFound
+from edgelora.serve.cells import Cells
 from edgelora.serve.counters import Counters, Stats
 from edgelora.serve.jobs import (
     AdapterSet,
@@ -32,7 +33,6 @@ from edgelora.serve.jobs import (
     QueueFull,
     QueueTimeout,
 )
-from edgelora.serve.prefixes import Prefixes
 from edgelora.serve.requests import Pieces, Request
 from edgelora.serve.side_tasks import SideTasks
 from edgelora.serve.stepper import Stepper
@@ -190,14 +190,16 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """What is in use and what has been done; from any thread."""
-        c, prefixes = self._counters, self._stepper.prefixes if self._stepper else None
+        c, cells = self._counters, self._stepper.cells if self._stepper else None
         return Stats(
             queued=len(self._queue),
             running=len(self._stepper.running) if self._stepper else 0,
             n_slots=self.limits.n_slots,
-            cells_used=prefixes.n_used if prefixes else 0,
+            cells_used=cells.prefixes.n_used if cells else 0,
             cells_total=self.limits.n_cells,
-            cached_sequences=prefixes.n_finished if prefixes else 0,
+            cached_sequences=cells.prefixes.n_finished if cells else 0,
+            stored_sequences=len(cells.stored) if cells else 0,
+            stored_bytes=cells.stored.n_bytes if cells else 0,
             prompt_tokens_total=c.prompt_tokens,
             generated_tokens_total=c.generated_tokens,
             cached_tokens_total=c.cached_tokens,
@@ -206,6 +208,7 @@ class Scheduler:
             decode_calls=c.decode_calls,
             decode_s_total=c.decode_s,
             sample_s_total=c.sample_s,
+            copy_s_total=c.copy_s,
             host_s_total=c.host_s,
             rejected_total=c.rejected,
             cancelled_total=c.requests["cancelled"],
@@ -279,11 +282,10 @@ class Scheduler:
             )
             stack.callback(self._tasks.close)
             _ = self.model.vocabulary.end_tokens  # a scan, better now than in the first answer
-            prefixes = Prefixes(
-                n_sequences, limits.n_ctx, limits.n_cells, limits.n_cached_sequences
-            )
             self._context = context
-            self._stepper = Stepper(context, prefixes, self._counters, adapter_key)
+            self._stepper = Stepper(
+                context, Cells(context, limits, self._counters), self._counters, adapter_key
+            )
             yield self._stepper
 
     def _become(self, state: str) -> None:

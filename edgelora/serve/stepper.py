@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from edgelora.engine.context import Context
 from edgelora.errors import Aborted, ContextFull, EdgeLoRAError, EngineError
 from edgelora.serve.batching import ALONE_S, MIXED_S, PromptSpeed, Turns, share
+from edgelora.serve.cells import Cells
 from edgelora.serve.counters import Counters
 from edgelora.serve.jobs import AdapterSet, Draining
-from edgelora.serve.prefixes import Prefixes, common_prefix
+from edgelora.serve.prefixes import common_prefix
 from edgelora.serve.requests import Request
 
 _WORTH_WAITING = 32  # tokens of a prefix that another request is about to have computed
@@ -41,13 +42,13 @@ class Stepper:
     def __init__(
         self,
         context: Context,
-        prefixes: Prefixes,
+        cells: Cells,
         counters: Counters,
         adapter_key: Callable[[AdapterSet], Hashable],
     ) -> None:
         self.running: list[Request] = []
         self.speed = PromptSpeed()
-        self.prefixes = prefixes
+        self.cells = cells
         self._context = context
         self._counters = counters
         self._adapter_key = adapter_key
@@ -78,7 +79,7 @@ class Stepper:
                 means that none of them is wanted any more.
         """
         started_s = time.perf_counter()
-        spent_s = self._counters.decode_s + self._counters.sample_s
+        spent_s = self._counters.native_s
         key = self._turns.choose(request.key for request in self.running)
         group = [request for request in self.running if request.key == key]
         try:
@@ -94,12 +95,12 @@ class Stepper:
             publish(())
         if logits is not None:
             self._take(shares, logits)
-        spent_s = self._counters.decode_s + self._counters.sample_s - spent_s
+        spent_s = self._counters.native_s - spent_s
         self._counters.host_s += time.perf_counter() - started_s - spent_s
 
     def forget(self, is_unwanted: Callable[[Hashable], bool]) -> None:
         """Drop the finished sequences of some adapter sets, and let none of these be applied."""
-        self._remove(self.prefixes.drop_keys(is_unwanted))
+        self.cells.forget(is_unwanted)
         if is_unwanted(self._applied):
             self._context.apply((), keep=True)
             self._applied = ()
@@ -154,15 +155,9 @@ class Stepper:
         reuse = request.job.prompt_logprobs is None
         if reuse and self._waits(request, group):
             return False
-        start = self.prefixes.start(request.key, request.prompt, reuse=reuse)
-        self._remove(start.dropped)
-        if start.source is not None:
-            self._context.copy_sequence(start.source, start.sequence, start.n_kept)
-        elif start.truncate:
-            self._context.truncate(start.sequence, start.n_kept)
-        request.sequence = start.sequence
-        request.n_done = request.n_cached = start.n_kept
-        self._counters.cached_tokens += start.n_kept
+        request.sequence, n_kept = self.cells.begin(request.key, request.prompt, reuse=reuse)
+        request.n_done = request.n_cached = n_kept
+        self._counters.cached_tokens += n_kept
         return True
 
     def _waits(self, request: Request, group: Sequence[Request]) -> bool:
@@ -174,7 +169,7 @@ class Stepper:
     def _find_leader(self, request: Request, group: Sequence[Request]) -> tuple[Request, int]:
         """The earlier request that will have computed most of this prompt (or itself)."""
         best = request, 0
-        _, n_there = self.prefixes.longest(request.key, request.prompt)
+        n_there = self.cells.n_known(request.key, request.prompt)
         for other in group[: group.index(request)]:
             n = min(common_prefix(other.prompt, request.prompt), len(request.prompt) - 1)
             if n > max(best[1], n_there + _WORTH_WAITING):
@@ -183,7 +178,7 @@ class Stepper:
 
     def _compute(self, shares: Sequence[_Share]) -> NDArray[np.float32] | None:
         """The batch's logits; None if it was stopped."""
-        self._remove(self.prefixes.make_room(self._context.batch.n_tokens))
+        self.cells.make_room(self._context.batch.n_tokens)
         started_s = time.perf_counter()
         while True:
             try:
@@ -192,7 +187,7 @@ class Stepper:
                 self._drop([share.request for share in shares])
                 return None
             except ContextFull as error:
-                if not self._evict():
+                if not self.cells.evict():
                     self._fail([shares[-1].request], error)
                     return None
             else:
@@ -223,10 +218,10 @@ class Stepper:
         request = part.request
         assert request.sequence is not None
         if request.next_token is not None:
-            self.prefixes.append(request.sequence, request.next_token)
+            self.cells.prefixes.append(request.sequence, request.next_token)
         else:
             tokens = request.prompt[request.n_done : request.n_done + part.n]
-            self.prefixes.extend(request.sequence, tokens)
+            self.cells.prefixes.extend(request.sequence, tokens)
 
     def _advance(self, part: _Share, rows: NDArray[np.float32]) -> None:
         request, job = part.request, part.request.job
@@ -261,7 +256,7 @@ class Stepper:
         self.running.remove(request)
         self._counters.requests[request.reason or ""] += 1
         if request.sequence is not None:
-            self._remove(self.prefixes.finish(request.sequence))
+            self.cells.finish(request.sequence)
 
     def _fail(self, requests: Sequence[Request], error: EdgeLoRAError) -> None:
         for request in requests:
@@ -280,15 +275,4 @@ class Stepper:
             self.running.remove(request)
             self._counters.requests[request.reason or ""] += 1
             if request.sequence is not None:
-                self.prefixes.drop(request.sequence)
-                self._context.remove_sequence(request.sequence)
-
-    def _evict(self) -> bool:
-        number = self.prefixes.evict()
-        if number is not None:
-            self._context.remove_sequence(number)
-        return number is not None
-
-    def _remove(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            self._context.remove_sequence(number)
+                self.cells.drop(request.sequence)
