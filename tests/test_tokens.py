@@ -17,6 +17,7 @@ from edgelora.datasets.records import Example, Message
 from edgelora.datasets.segments import Segment
 from edgelora.engine.model import Model, ModelOptions, open_model
 from edgelora.engine.prepare import model_template, tokenise_examples
+from edgelora.engine.tokens import cut_stretches
 
 CONTENTS = (
     "of the people",
@@ -216,3 +217,30 @@ def test_control_tokens_that_swallow_white_space(
             assert model.vocabulary.tokenize_segments(segments, start=False) == whole(
                 model, text, add_special=False
             )
+
+
+def test_few_texts_are_cut_and_none_loses_anything() -> None:
+    short = "a word of " + "x" * 2048 + " and" + " " * 2048 + "spaces"
+    assert cut_stretches(short) == [short]
+    assert cut_stretches("x" * 5000) == ["x" * 2048, "x" * 2048, "x" * 904]
+    # A part ends where a word does, if there is such a place in its second half.
+    sentences = "北京，" * 1000
+    assert [len(part) for part in cut_stretches(sentences)] == [2046, 954]
+    mixed = "see " + "x" * 3000 + " " * 3000 + "\n" * 3000 + "=" * 3000 + " end"
+    parts = cut_stretches(mixed)
+    assert "".join(parts) == mixed and max(map(len, parts)) <= 2 * 2048
+
+
+@pytest.mark.parametrize("pre", ["tekken", "gpt-4o", "deepseek-llm", "falcon", "qwen2"])
+def test_long_words_do_not_end_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pre: str
+) -> None:
+    monkeypatch.setattr(pico, "GGUFWriter", Renaming)
+    monkeypatch.setattr(Renaming, "pre", pre)
+    with opened(tmp_path, "qwen2") as model:
+        for character in ("a", " ", "\n", "=", "京", "7"):
+            text = character * 100_000
+            ids = model.vocabulary.tokenize(text)
+            assert model.vocabulary.decode(ids).decode() == text
+        ordinary = "of the people, " * 10
+        assert model.vocabulary.tokenize(ordinary) == whole(model, ordinary, add_special=False)

@@ -19,6 +19,25 @@ _UNKNOWN = llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 _SPECIAL = _CONTROL | _UNKNOWN | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 _LSTRIP = llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP
 _RSTRIP = llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
+# Some BPE vocabularies are split into words by std::regex, which recurses for each character of
+# a word: 300 bytes of stack each, so that 27,000 spaces or letters on end kill the process.
+_MAX_STRETCH = 2048
+_STRETCH = re.compile(rf"\S{{{_MAX_STRETCH + 1},}}|\s{{{_MAX_STRETCH + 1},}}")
+_LAST_WORD_END = re.compile(r".*\W", re.DOTALL)
+
+
+def cut_stretches(text: str) -> list[str]:
+    """The text in parts, so that none has over 2048 characters on end that are all white space, or
+    all not; a part ends where a word does if there is such a place. Few texts are cut at all."""
+    parts, start = [], 0
+    for stretch in _STRETCH.finditer(text):
+        at = stretch.start()
+        while stretch.end() - at > _MAX_STRETCH:
+            near = _LAST_WORD_END.match(text, at + _MAX_STRETCH // 2, at + _MAX_STRETCH)
+            at = near.end() if near else at + _MAX_STRETCH
+            parts.append(text[start:at])
+            start = at
+    return [*parts, text[start:]]
 
 
 class Vocabulary:
@@ -31,6 +50,7 @@ class Vocabulary:
     def __init__(self, model: Any) -> None:
         self.handle = self._vocab = llama_cpp.llama_model_get_vocab(model)
         self.n_tokens: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._is_bpe = llama_cpp.llama_vocab_type(self._vocab) == llama_cpp.LLAMA_VOCAB_TYPE_BPE
         self.adds_bos: bool = llama_cpp.llama_vocab_get_add_bos(self._vocab)
         self.eos = self._known(llama_cpp.llama_vocab_eos(self._vocab))
         self.bos = self._known(llama_cpp.llama_vocab_bos(self._vocab))
@@ -105,6 +125,11 @@ class Vocabulary:
         return ids
 
     def _tokenize(self, text: str) -> list[int]:
+        if self._is_bpe and len(text) > _MAX_STRETCH:
+            return [i for part in cut_stretches(text) for i in self._tokenize_part(part)]
+        return self._tokenize_part(text)
+
+    def _tokenize_part(self, text: str) -> list[int]:
         data = text.encode("utf-8", "surrogatepass")
         room = len(data) + 8
         buffer = (ctypes.c_int32 * room)()
