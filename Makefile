@@ -18,7 +18,7 @@ export EDGELORA_SHARED ?= $(abspath ../shared)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-parity demo serve test test-parity check clean picture
+.PHONY: help setup setup-parity demo serve test test-parity check peers bench-report clean picture
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -51,6 +51,12 @@ check: setup ## the gate: ruff, mypy --strict, import direction
 
 bench-%: setup ## run scripts/benchmark_NAME.py, e.g. make bench-merge BENCH_ARGS="--help"
 	@$(BIN)/python scripts/benchmark_$*.py $(BENCH_ARGS)
+
+peers: setup ## build llama-server, llama-bench and llama-batched-bench to compare with, once
+	@$(BIN)/python scripts/build_peers.py
+
+bench-report: setup ## write docs/performance.md from results/*.jsonl
+	@$(BIN)/python scripts/bench_report.py
 
 picture: setup ## docs/build.svg from a real build
 	@$(BIN)/python scripts/terminal_picture.py

@@ -25,7 +25,11 @@ def main() -> None:
     """Download and unpack, unless it is there, and print where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--into", type=Path, default=ROOT / "build" / "llama-cpp-source")
-    into: Path = parser.parse_args().into
+    print(fetch(parser.parse_args().into))
+
+
+def fetch(into: Path) -> Path:
+    """The folder of llama.cpp's source inside `into`; downloaded if it is not there yet."""
     installed = version(PACKAGE)
     target = into / f"llama.cpp-{installed}"
     if not target.is_dir():
@@ -33,7 +37,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=into) as work:
             archive = _download(installed, Path(work))
             _unpack(archive, Path(work), target)
-    print(target)
+    return target
 
 
 def _download(installed: str, work: Path) -> Path:

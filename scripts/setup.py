@@ -36,7 +36,7 @@ def main() -> None:
     if sys.version_info < MINIMUM:
         sys.exit(f"EdgeLoRA needs Python 3.11 or newer; this is {sys.version.split()[0]}.")
     folder = ROOT / arguments.venv
-    build = build_environment(os.environ, _cpu_flags())
+    build = build_environment(os.environ, cpu_flags())
     stamp, wanted = folder / STAMP, _fingerprint(arguments.extras, arguments.first, build)
     if stamp.is_file() and stamp.read_text() == wanted:
         return
@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.first:
         _pip(python, "install", *shlex.split(arguments.first))
     # By force: pip takes a wheel of the same version, however it was compiled, for the same.
-    _pip(python, "install", "--force-reinstall", "--no-deps", str(_engine_wheel(python, build)))
+    _pip(python, "install", "--force-reinstall", "--no-deps", str(engine_wheel(python, build)))
     _say(f"installing EdgeLoRA with the extras {arguments.extras} into {arguments.venv}")
     _pip(python, "install", "--editable", f"{ROOT}[{arguments.extras}]")
     stamp.write_text(wanted)
@@ -75,7 +75,7 @@ def build_environment(environment: Mapping[str, str], cpu_flags: str) -> dict[st
     return {"CMAKE_ARGS": environment.get("CMAKE_ARGS", CMAKE_ARGS), "CXXFLAGS": cxxflags}
 
 
-def _cpu_flags() -> str:
+def cpu_flags() -> str:
     """The CPU's features as Linux names them; '' elsewhere, where llama.cpp has no AMX."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -94,7 +94,7 @@ def _create(folder: Path) -> Path:
     return python
 
 
-def _engine_wheel(python: Path, build: dict[str, str]) -> Path:
+def engine_wheel(python: Path, build: dict[str, str]) -> Path:
     """The wheel of llama-cpp-python: kept in build/wheels, so that it is compiled at most once."""
     settings = hashlib.sha256("\0".join(build.values()).encode()).hexdigest()[:8]
     folder = WHEELS / f"cp{sys.version_info.major}{sys.version_info.minor}-{settings}"

@@ -1,0 +1,1 @@
+"""The parts of scripts/benchmark_serve.py: one module for each question that it answers."""
