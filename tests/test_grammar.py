@@ -233,7 +233,7 @@ def test_any_json_and_the_grammar_of_json_object(drawing: Drawing) -> None:
         ({"$ref": 3}, ["#/$ref: 3"]),
         ({"$ref": "#/$defs/a", "type": "null", "$defs": {"a": {}}}, ["#/type: not enforced"]),
         ({"$ref": "#"}, ["leads back to itself"]),
-        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, ["ever ends"]),
+        ({"properties": {"a": {"$ref": "#"}}, "required": ["a"]}, ["none ever ends"]),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"minimum": 1}}}, ["#/$defs/a/minimum"]),
         ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, ["#/oneOf: alternatives"]),
         ({"oneOf": [{}], "anyOf": [{}]}, ["#/oneOf: not enforced beside anyOf"]),
@@ -299,6 +299,31 @@ def test_llama_cpps_own_grammars_pass(grammar: str) -> None:
     check_gbnf(grammar)
 
 
+def test_recursions_that_begin_alike_only_where_it_does_no_harm() -> None:
+    for grammar in (
+        'root ::= "a" root | "a" root | "b"',
+        'root ::= "a" root "a" | "b" root "b" | "c"',
+        'root ::= t ([-+] t)*\nt ::= "(" root ")" | [0-9]+',
+    ):
+        check_gbnf(grammar)
+    told_first = {
+        "anyOf": [
+            {
+                "properties": {"op": {"const": op}, "of": {"$ref": "#"}, "by": {"$ref": "#"}},
+                "required": ["op", "of", "by"],
+            }
+            for op in ("add", "take")
+        ]
+        + [{"type": "null"}]
+    }
+    json_schema_to_gbnf(told_first)
+    told_last = json.loads(json.dumps(told_first))
+    for one in told_last["anyOf"][:2]:
+        one["properties"]["op"] = one["properties"].pop("op")
+    with pytest.raises(SchemaError, match="tells them apart first"):
+        json_schema_to_gbnf(told_last)
+
+
 BAD_GRAMMARS = {
     "empty": ("", "no rule named root"),
     "no root": ('top ::= "a"', "no rule named root"),
@@ -335,6 +360,11 @@ BAD_GRAMMARS = {
     "nothing repeated": ("root ::= *", "nothing to repeat"),
     "underscore": ('root ::= "a"\na_b ::= "c"', "expected ::="),
     "long": ("# " + "x" * 70_000 + '\nroot ::= "a"', "bytes"),
+    "ways that grow": ('root ::= s\ns ::= "a" s "x" | "a" s "y" | "b"', "ever more ways"),
+    "ways that grow later": (
+        'root ::= "p"{1,90} s\ns ::= (" " [a-f] s)* "x" | (" " [e-z] s "z")* "y"',
+        "ever more ways",
+    ),
     "many ways to begin": (
         "root ::= r0\nr40 ::= .\n" + "".join(f"r{i} ::= r{i + 1} | r{i + 1}\n" for i in range(40)),
         "too many ways",

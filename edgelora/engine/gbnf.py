@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from edgelora.engine.gbnf_rules import Alternative, Rules, find_problem
+from edgelora.engine.gbnf_growth import Alternative, Ranges, Text
+from edgelora.engine.gbnf_rules import Rules, find_problem
 from edgelora.errors import InvalidGrammar
 
 MAX_REPETITIONS = 2000  # llama.cpp takes a larger maximum for none at all
@@ -28,8 +30,9 @@ def check_gbnf(text: str, max_bytes: int = 64_000) -> None:
 
     What is accepted is what llama.cpp's parser takes, except: tokens by name or number (`<...>`),
     a rule defined twice, two repetitions in a row, a repetition of what may be empty, and sizes
-    beyond the limits above. Not covered: a grammar may still ask for characters that a vocabulary
-    lacks, and an ambiguous recursion may become slow.
+    beyond the limits above, and recursions that can be read in ever more ways at once (see
+    `find_growing`, which tries texts and proves nothing). Not covered: a grammar may still ask for
+    characters that a vocabulary lacks.
 
     Raises:
         InvalidGrammar: says what is wrong and on which line.
@@ -42,6 +45,11 @@ def check_gbnf(text: str, max_bytes: int = 64_000) -> None:
         raise InvalidGrammar(f"the grammar has {n_bytes} bytes, {max_bytes} are allowed")
     if "\0" in text:
         raise InvalidGrammar("the grammar holds a NUL character")
+    _check_rules(text)
+
+
+@functools.lru_cache(maxsize=32)  # clients send the same schema with every request
+def _check_rules(text: str) -> None:
     problem = find_problem(_Parser(text).parse())
     if problem:
         raise InvalidGrammar(f"the grammar cannot be used: {problem}")
@@ -109,7 +117,7 @@ class _Parser:
                 self._group(sequence, depth)
             elif character == ".":
                 self.at += 1
-                self._terminal(sequence, 1)
+                self._terminal(sequence, (((0, 0x10FFFF),),), 1)
             elif character in "*+?{" and character:
                 self._repeat(sequence)
             elif character in "<!" and character:
@@ -135,16 +143,15 @@ class _Parser:
 
     def _literal(self, sequence: _Sequence) -> None:
         self.at += 1
-        n = 0
+        codes: list[int] = []
         while self._next() != '"':
-            code = self._character("a text")
-            if not _is_possible(code, code):
-                self._fail(f"no text has the character U+{code:04X}")
-            n += 1
+            codes.append(self._character("a text"))
+            if not _is_possible(codes[-1], codes[-1]):
+                self._fail(f"no text has the character U+{codes[-1]:04X}")
         self.at += 1
         # Without characters there is nothing to repeat: llama.cpp says so too.
-        if n:
-            self._terminal(sequence, n)
+        if codes:
+            self._terminal(sequence, tuple(((code, code),) for code in codes), len(codes))
         else:
             sequence.repeatable = False
 
@@ -162,10 +169,10 @@ class _Parser:
                 self._fail("a range that ends before it begins")
             ranges.append((first, last))
         self.at += 1
-        possible = any(_is_possible(*ends) for ends in ranges)
-        if not ranges or not (_leaves_some(ranges) if negated else possible):
+        matched = _complement(ranges) if negated else tuple(ranges)
+        if not ranges or not any(_is_possible(*ends) for ends in matched):
             self._fail("a [...] that no character matches")
-        self._terminal(sequence, 2 * len(ranges))
+        self._terminal(sequence, (matched,), 2 * len(ranges))
 
     def _character(self, inside: str) -> int:
         match = _CHARACTER.match(self.text, self.at)
@@ -181,8 +188,8 @@ class _Parser:
             return code
         return ord(plain or _ESCAPES.get(escape, escape))
 
-    def _terminal(self, sequence: _Sequence, size: int) -> None:
-        sequence.elements.append(None)
+    def _terminal(self, sequence: _Sequence, text: Text, size: int) -> None:
+        sequence.elements.append(text)
         self._ended(sequence, size, 1)
 
     def _ended(self, sequence: _Sequence, size: int, n_symbols: int) -> None:
@@ -250,11 +257,10 @@ def _is_possible(first: int, last: int) -> bool:
     return max(first, 1) <= min(last, 0xD7FF) or max(first, 0xE000) <= last
 
 
-def _leaves_some(ranges: list[tuple[int, int]]) -> bool:
-    """Whether the complement of the ranges has a character."""
-    free = 0
+def _complement(ranges: list[tuple[int, int]]) -> Ranges:
+    kept, free = [], 0
     for first, last in [*sorted(ranges), (0x110000, 0x110000)]:
-        if free < first and _is_possible(free, first - 1):
-            return True
+        if free < first:
+            kept.append((free, first - 1))
         free = max(free, last + 1)
-    return False
+    return tuple(kept)

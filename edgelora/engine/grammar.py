@@ -24,6 +24,15 @@ __all__ = [
 JSON_OBJECT_GBNF: str = llama_grammar.JSON_GBNF
 MAX_GRAMMAR_BYTES = 1_000_000
 
+# What `check_gbnf` finds, said of a schema.
+_IN_WORDS = {
+    "left recursion": "a $ref that leads back to itself, with nothing between",
+    "ever ends": "every value would contain itself, and none ever ends",
+    "ever more ways": "alternatives of a recursive schema that begin alike: "
+    "name the property that tells them apart first",
+    "too many ways": "more alternatives at one place than can be tried",
+    "unfold": "its counts ask for too much at once",
+}
 # The converter's own rule lets line breaks into a string, and halves of surrogate pairs.
 _CHAR = (
     r'[^"\\\x00-\x1F\x7F] | "\\" (["\\/bfnrt] | "u" ([0-9a-cefA-CEF] [0-9a-fA-F]{3}'
@@ -57,9 +66,9 @@ def json_schema_to_gbnf(
     try:
         check_gbnf(grammar, MAX_GRAMMAR_BYTES)
     except InvalidGrammar as error:
-        said = str(error).partition(": ")[2]
-        if "left recursion" in said:
-            said = "a $ref that leads back to itself, with nothing between"
+        # The grammar's rules have names that the caller never saw.
+        known = (words for sign, words in _IN_WORDS.items() if sign in str(error))
+        said = next(known, str(error).partition(": ")[2])
         raise SchemaError(
             "the JSON schema makes a grammar that cannot be used", problems=[said]
         ) from error
