@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pico
@@ -23,7 +20,7 @@ from edgelora.serve.app import create_app
 from edgelora.serve.openai_errors import ApiError, to_api_error
 from edgelora.serve.pages import FOLDER, read_pages
 from edgelora.serve.server import Server
-from edgelora.serve.settings import RequestLimits, Timeouts
+from edgelora.serve.settings import RequestLimits
 
 PROVENANCE = {"sources": [{"name": "x", "coefficient": 0.5}], "operator": "uniform"}
 
@@ -281,47 +278,6 @@ def test_keys_and_origins(files: Path) -> None:
         assert refused.headers["access-control-allow-origin"] == origin["origin"]
         strange = httpx.get(f"{url}/v1/models", headers={"origin": "https://evil.example"})
         assert "access-control-allow-origin" not in strange.headers
-
-
-def connect(url: str) -> socket.socket:
-    parts = urlsplit(url)
-    return socket.create_connection((parts.hostname, parts.port), timeout=20)
-
-
-def test_slow_senders_are_dropped_and_others_are_not(files: Path) -> None:
-    timeouts = Timeouts(request_s=0.5, keep_alive_s=1)
-    begun = [
-        b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
-        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\nabc",
-    ]  # fmt: skip
-    with running_server(files / "base.gguf", timeouts=timeouts) as url:
-        slow = [connect(url) for _ in begun]
-        for connection, data in zip(slow, begun, strict=True):
-            connection.sendall(data)
-        with httpx.Client() as steady:
-            for _ in range(4):  # one connection, used for longer than a request may take
-                assert steady.get(f"{url}/health").status_code == 200
-                time.sleep(0.3)
-        for connection in slow:
-            with connection:
-                assert is_closed(connection)
-
-
-def is_closed(connection: socket.socket) -> bool:
-    """Whether the other side ends it, within the socket's timeout."""
-    try:
-        return connection.recv(1) == b""
-    except ConnectionResetError:
-        return True
-
-
-def test_what_is_not_http_gets_an_openai_error(server: Running) -> None:
-    for data in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n"):
-        with connect(server.url) as connection:
-            connection.sendall(data)
-            reply = b"".join(iter(lambda: connection.recv(4096), b""))
-        assert reply.startswith(b"HTTP/1.1 400 ")
-        assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] is None
 
 
 # --- before it is ready, when it ends, and when it fails
