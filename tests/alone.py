@@ -64,6 +64,6 @@ def alone(base: Path) -> Iterator[Alone]:
     with (
         open_model(base, ModelOptions(n_threads=1)) as model,
         open_context(model, n_ctx=512, n_batch=64, n_sequences=4) as context,
-        open_context(model, n_ctx=512, n_batch=64, n_sequences=4, hidden=True) as hidden,
+        open_context(model, n_ctx=512, n_batch=512, n_sequences=4, hidden=True) as hidden,
     ):
         yield Alone(model, context, hidden)

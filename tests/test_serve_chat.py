@@ -282,6 +282,15 @@ def test_a_schema_is_followed(setup: Setup, format: dict[str, Any], stream: bool
     assert answer["colour"] in ("red", "blue")
 
 
+def test_a_large_schema_is_no_larger_than_its_grammar_may_be(setup: Setup) -> None:
+    wide = {f"p{i}": {"enum": ["the first value", "the second", i]} for i in range(250)}
+    deep = {f"q{i}": {"type": "object", "properties": wide} for i in range(4)}
+    schema = {"type": "object", "properties": deep, "required": ["q0"]}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    choice = setup.choice(response_format=format, max_tokens=12)
+    assert choice["message"]["content"].lstrip().startswith("{")
+
+
 def test_an_object_is_json_as_far_as_it_goes(setup: Setup) -> None:
     for seed in range(3):
         choice = setup.choice(
@@ -507,7 +516,9 @@ def test_a_full_queue_is_429_and_openai_retries(tmp_path: Path) -> None:
             parts = first.iter_bytes()  # httpx closes the connection with its iterator
             next(parts)
             waiting = threading.Thread(
-                target=http.post, args=(PATH,), kwargs={"json": {"messages": [USER]}}
+                target=http.post,
+                args=(PATH,),
+                kwargs={"json": {"messages": [USER], "max_tokens": 2}},
             )
             waiting.start()
             deadline = time.monotonic() + 20

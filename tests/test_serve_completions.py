@@ -393,6 +393,8 @@ def test_the_openai_client(setup: Setup) -> None:
         ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
         ({"seed": 1.5}, "seed"),
         ({"seed": 2**63}, "seed"),
+        ({"max_tokens": 10**4000}, "max_tokens"),
+        ({"prompt": [10**4000]}, "prompt"),
         ({"n": 0}, "n"),
         ({"n": 17}, "n"),
         ({"n": 1, "best_of": 2}, "best_of"),
@@ -425,6 +427,13 @@ def test_what_is_refused_names_its_field(setup: Setup, body: Any, param: str) ->
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+def test_what_the_engine_cannot_do_is_the_request_s_fault(setup: Setup) -> None:
+    everything = {str(i): -100 for i in range(setup.alone.model.vocabulary.n_tokens)}
+    for stream in (False, True):
+        status, error = setup.refusal(logit_bias=everything, stream=stream)
+        assert status == 400 and "banned" in error["message"]
 
 
 def test_a_prompt_is_needed_and_bodies_are_json(setup: Setup) -> None:

@@ -83,7 +83,8 @@ def test_a_text_is_one_user_turn(setup: Setup) -> None:
 
 
 def test_objects_and_events_are_openai_s(setup: Setup) -> None:
-    for body in ({"max_output_tokens": 3}, {"tools": [TOOL], "tool_choice": "required"}):
+    called = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False}
+    for body in ({"max_output_tokens": 3}, called):
         Response.model_validate(setup.post(**body))
         for event in setup.events(**body):
             pydantic.TypeAdapter(ResponseStreamEvent).validate_python(event)

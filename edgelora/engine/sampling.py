@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.engine.context import Context
-from edgelora.engine.gbnf import check_gbnf
+from edgelora.engine.grammar import MAX_GRAMMAR_BYTES, check_gbnf
 from edgelora.engine.model import Model
 from edgelora.engine.tokens import Vocabulary
 from edgelora.errors import EngineError, InvalidGrammar
@@ -267,8 +268,21 @@ def _biases(vocabulary: Vocabulary, sampling: Sampling, ignore_eos: bool) -> dic
     return biases | dict.fromkeys(banned, -math.inf)
 
 
+@functools.lru_cache(maxsize=16)
+def check_grammar(text: str) -> None:
+    """`check_gbnf` for what may have been made of a schema; a text that passed is not read again.
+
+    Reading a large one takes a second: several choices share it, and a server does it elsewhere
+    than where samplers are opened.
+
+    Raises:
+        InvalidGrammar: as `check_gbnf`.
+    """
+    check_gbnf(text, MAX_GRAMMAR_BYTES)
+
+
 def _grammar(vocabulary: Vocabulary, text: str) -> Any:
-    check_gbnf(text)
+    check_grammar(text)
     grammar = llama_cpp.llama_sampler_init_grammar(vocabulary.handle, text.encode(), b"root")
     if not grammar:
         raise InvalidGrammar("a grammar that llama.cpp does not parse")

@@ -9,9 +9,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from edgelora.errors import EngineError, InvalidGrammar
 from edgelora.serve.generation import Generation, Outcome
 from edgelora.serve.jobs import Event
-from edgelora.serve.openai_errors import ApiError, to_api_error
+from edgelora.serve.openai_errors import ApiError, bad_request, to_api_error
 from edgelora.serve.streaming import ClientGone, EventStream, data, encode, until_gone
 
 Numbered = AsyncGenerator[tuple[int, Event], None]
@@ -40,7 +41,7 @@ async def answer_whole(
         return encode(render(await generation.collect()))
 
     try:
-        generation.start()
+        _start(generation)
         return await whole_or_gone(request, work(), headers)
     finally:
         generation.cancel()
@@ -67,7 +68,7 @@ async def answer_stream(
     """Begin a stream once the first prompt is computed; until then an error has its own status."""
     events = generation.events()
     try:
-        generation.start()
+        _start(generation)
         first = await until_gone(request.receive, _next(events))
     except BaseException as error:
         generation.cancel()
@@ -77,6 +78,16 @@ async def answer_stream(
     resumed = _resumed(first, events)
     stream = _ending_with_error(render(resumed), (events, resumed), render_error)
     return EventStream(stream, generation.cancel, headers)
+
+
+def _start(generation: Generation) -> None:
+    """Submit the first jobs; nothing is computed yet, so what the engine refuses is the request."""
+    try:
+        generation.start()
+    except InvalidGrammar:
+        raise
+    except EngineError as error:
+        raise bad_request(str(error)) from error
 
 
 async def _next(events: Numbered) -> tuple[int, Event]:

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from edgelora.serve.openai_errors import bad_request
-from edgelora.serve.schema import Body, GenerationBody, JsonObject, Only, encodable, wrong
+from edgelora.serve.schema import INT31, Body, GenerationBody, JsonObject, Only, encodable, wrong
 
 _SCHEMA_PARAM = "response_format.json_schema"  # where pydantic would name the Python attribute
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -159,9 +159,9 @@ class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    n: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, lt=INT31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=INT31)
+    n: int | None = Field(default=None, ge=1, lt=INT31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None

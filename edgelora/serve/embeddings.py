@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from numpy.typing import NDArray
+from starlette.datastructures import State
 from starlette.responses import Response
 
 from edgelora.serve.answering import whole_or_gone
+from edgelora.serve.jobs import QueueFull
 from edgelora.serve.openai_errors import bad_request, responses
 from edgelora.serve.preparing import choose_model, plain_ids, room
 from edgelora.serve.schema import EmbeddingBody
@@ -21,6 +25,8 @@ from edgelora.serve.streaming import encode
 
 if TYPE_CHECKING:
     from edgelora.serve.server import Server
+
+_RETRY_S = 2.0
 
 router = APIRouter()
 
@@ -31,17 +37,35 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Response:
     server: Server = request.app.state.server
     texts = await run_in_threadpool(_prepare, server, body)
     target = await choose_model(server, body, texts)
-    embedding = asyncio.wrap_future(server.scheduler.embed(texts, target.adapters))
+    with _place(request.app.state, server):
+        embedding = asyncio.wrap_future(server.scheduler.embed(texts, target.adapters))
 
-    async def answer() -> bytes:
-        vectors = await embedding
-        n_tokens = sum(map(len, texts))
-        return await run_in_threadpool(_shaped, body, target.id, vectors, n_tokens)
+        async def answer() -> bytes:
+            vectors = await embedding
+            n_tokens = sum(map(len, texts))
+            return await run_in_threadpool(_shaped, body, target.id, vectors, n_tokens)
 
+        try:
+            return await whole_or_gone(request, answer())
+        finally:
+            embedding.cancel()
+
+
+@contextlib.contextmanager
+def _place(state: State, server: Server) -> Iterator[None]:
+    """One of the places for embeddings, as many as generations may wait; only the loop counts.
+
+    Raises:
+        QueueFull: all are taken.
+    """
+    n_taken = getattr(state, "n_embeddings", 0)
+    if n_taken > server.settings.max_queue:
+        raise QueueFull(_RETRY_S)
+    state.n_embeddings = n_taken + 1
     try:
-        return await whole_or_gone(request, answer())
+        yield
     finally:
-        embedding.cancel()
+        state.n_embeddings -= 1
 
 
 def _prepare(server: Server, body: EmbeddingBody) -> list[tuple[int, ...]]:

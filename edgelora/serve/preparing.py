@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgelora.datasets.segments import Segment
-from edgelora.engine.grammar import JSON_OBJECT_GBNF, check_gbnf, json_schema_to_gbnf
-from edgelora.engine.sampling import Sampling
-from edgelora.errors import InvalidGrammar, SchemaError
+from edgelora.engine.grammar import JSON_OBJECT_GBNF, json_schema_to_gbnf
+from edgelora.engine.sampling import Sampling, check_grammar
+from edgelora.errors import EngineError, InvalidGrammar, SchemaError
 from edgelora.serve.jobs import AdapterSet, Job
 from edgelora.serve.openai_errors import bad_request
 from edgelora.serve.served import AUTO
-from edgelora.serve.streaming import encode
 
 if TYPE_CHECKING:
     from edgelora.serve.chat_schema import ResponseFormat
@@ -87,13 +86,18 @@ def plain_ids(server: Server, prompt: str | Sequence[int], param: str) -> tuple[
     """
     vocabulary = server.model.vocabulary
     if isinstance(prompt, str):
-        ids = tuple(vocabulary.tokenize_segments([Segment(prompt, False)] if prompt else []))
+        try:
+            ids = tuple(vocabulary.tokenize_segments([Segment(prompt, False)] if prompt else []))
+        except EngineError as error:
+            raise bad_request(str(error), param) from error
     else:
         ids = tuple(prompt)
         bad = next((i for i in ids if not 0 <= i < vocabulary.n_tokens), None)
         if bad is not None:
             last = vocabulary.n_tokens - 1
-            raise bad_request(f"{bad} is not a token id of this model (0 to {last})", param)
+            raise bad_request(
+                f"{str(bad)[:20]} is not a token id of this model (0 to {last})", param
+            )
     if not ids:
         raise bad_request(f"'{param}' is empty: there is nothing to read", param)
     return ids
@@ -201,18 +205,16 @@ def grammar_of(
     if not body.grammar:
         return ""
     try:
-        check_gbnf(body.grammar)
+        check_grammar(body.grammar)
     except InvalidGrammar as error:
         raise bad_request(str(error), "grammar", "invalid_grammar") from error
     return body.grammar
 
 
 def _schema_grammar(server: Server, schema: dict[str, Any], param: str) -> str:
-    most = server.settings.limits.max_schema_bytes
-    size_bytes = len(encode(schema))
-    if size_bytes > most:
-        raise bad_request(f"the schema has {size_bytes} bytes, at most {most} are possible", param)
     try:
-        return json_schema_to_gbnf(schema)
+        grammar = json_schema_to_gbnf(schema, max_bytes=server.settings.limits.max_schema_bytes)
     except SchemaError as error:
         raise bad_request(str(error), param, "invalid_json_schema") from error
+    check_grammar(grammar)  # here, in a worker thread, rather than where it is submitted
+    return grammar

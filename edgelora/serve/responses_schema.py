@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from edgelora.serve.chat_schema import ChatMessage, ResponseFormat, text_of
 from edgelora.serve.openai_errors import bad_request
-from edgelora.serve.schema import Body, GenerationBody, JsonObject, Only, encodable, wrong
+from edgelora.serve.schema import INT31, Body, GenerationBody, JsonObject, Only, encodable, wrong
 
 LOGPROBS = "message.output_text.logprobs"
 # There is no reasoning here, so nothing of it is left out.
@@ -97,7 +97,7 @@ class ResponsesBody(GenerationBody):
 
     input: Input
     instructions: str | None = None
-    max_output_tokens: int | None = Field(default=None, ge=1)
+    max_output_tokens: int | None = Field(default=None, ge=1, lt=INT31)
     text: TextOptions | None = None
     tools: list[Function] | None = None
     tool_choice: str | JsonObject | None = None
@@ -110,9 +110,12 @@ class ResponsesBody(GenerationBody):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
+    access_programs: Annotated[Any, Only()] = None
     background: Annotated[Any, Only((False,))] = None
+    background_options: Annotated[Any, Only()] = None
     context_management: Annotated[Any, Only()] = None
     conversation: Annotated[Any, Only()] = None
+    image: Annotated[Any, Only()] = None
     max_tool_calls: Annotated[Any, Only()] = None
     moderation: Annotated[Any, Only()] = None
     previous_response_id: Annotated[Any, Only()] = None

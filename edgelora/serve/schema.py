@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from edgelora.serve.openai_errors import bad_request
 
+INT31 = 2**31  # whatever counts tokens or choices is less
 _INT64 = 2**63
 _DEPTH = 64
 
@@ -153,7 +154,7 @@ class GenerationBody(ModelBody):
 
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    top_k: int | None = Field(default=None, ge=-1, lt=INT31)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repeat_penalty: float | None = Field(default=None, ge=0.01, le=10)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
@@ -248,9 +249,9 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: int | None = Field(default=None, ge=0)
-    n: int | None = Field(default=None, ge=1)
-    best_of: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=0, lt=INT31)
+    n: int | None = Field(default=None, ge=1, lt=INT31)
+    best_of: int | None = Field(default=None, ge=1, lt=INT31)
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool | None = None
     suffix: Annotated[Any, Only(("",))] = None
@@ -268,4 +269,4 @@ class EmbeddingBody(ModelBody):
 
     input: Prompts
     encoding_format: str | None = Field(default=None, pattern="^(float|base64)$")
-    dimensions: int | None = Field(default=None, ge=1)
+    dimensions: int | None = Field(default=None, ge=1, lt=INT31)
