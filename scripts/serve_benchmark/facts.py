@@ -92,7 +92,7 @@ def shaped_model(folder: Path, shape: str = SHAPE, rank: int = 16) -> Model:
 def _with_combination(
     name: str, base: Path, sources: tuple[Path, ...], rank: int, folder: Path
 ) -> Model:
-    combined = folder / f"{name.split()[0].lower()}-combined.gguf"
+    combined = folder / f"{base.stem.lower()}-combined.gguf"
     if not combined.is_file():
         say(f"combining {len(sources)} adapters at rank {rank}")
         merge_adapters(list(sources), [1 / len(sources)] * len(sources), combined, rank=rank)

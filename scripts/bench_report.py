@@ -1,0 +1,187 @@
+"""Write the tables of docs/performance.md from the measurements that are committed in results/.
+
+usage: python scripts/bench_report.py [--check]
+
+Each table stands between <!-- NAME --> and <!-- /NAME --> in the page; the words around it are
+written by hand. Of several measurements of one part and model the newest counts. --check writes
+nothing and fails where the page is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "serve.jsonl"
+PAGE = ROOT / "docs" / "performance.md"
+NOTHING = "Not measured yet."
+Measured = dict[str, Any]
+
+
+def read_results(path: Path) -> list[Measured]:
+    """The newest whole row of each part and model, in the file's order; half a line is left out."""
+    newest: dict[tuple[str, str], Measured] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        key = (row["part"], row["model"])
+        newest.pop(key, None)
+        newest[key] = row
+    return list(newest.values())
+
+
+def fill(page: str, rows: Sequence[Measured]) -> str:
+    """The page with every table as the rows have it.
+
+    Raises:
+        SystemExit: a table whose place the page does not have.
+    """
+    for part, section in SECTIONS.items():
+        of_part = [row for row in rows if row["part"] == part]
+        text = "\n\n".join(map(section, of_part)) or NOTHING
+        place = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- /{part} -->)", re.DOTALL)
+        page, n = place.subn(lambda found, text=text: f"{found[1]}{text}{found[2]}", page)
+        if n != 1:
+            raise SystemExit(f"the page has {n} places <!-- {part} -->, one is needed")
+    return page
+
+
+def _parallel(row: Measured) -> str:
+    head = ["system", "adapter", "whole", "streamed", "8th first token", "Python, µs a token"]
+    lines = [
+        [
+            system["system"],
+            _adapter(system),
+            _speed(system.get("whole")),
+            _speed(system.get("streamed")),
+            _seconds(system.get("eighth_first_s")),
+            _python(system),
+        ]
+        for system in row["systems"]
+    ]
+    shape = (
+        f"{row['n_clients']} clients, prompts of {row['n_prompt']}, answers of {row['n_tokens']}"
+    )
+    return _section(row, f"{shape} tokens; tokens a second, prompts and answers", head, lines)
+
+
+def _single(row: Measured) -> str:
+    lines = [
+        [system["system"], _adapter(system), _speed(system["decode"])] for system in row["systems"]
+    ]
+    shape = f"{row['n_tokens']} tokens after {row['n_prompt']}; tokens a second while decoding"
+    costs = ", ".join(f"{name}: {value:.2f} ms" for name, value in row["cost_ms"].items())
+    used = row["python_us"]
+    spent = (
+        f"A token of ours: {used['decode']:.0f} µs in llama_decode, {used['sample']:.0f} µs in "
+        f"llama.cpp's samplers, {used['python']:.0f} µs of Python. Added to each token: {costs}."
+    )
+    return _section(row, shape, ["system", "adapter", "decode"], lines, spent)
+
+
+def _prefix(row: Measured) -> str:
+    lines = [
+        [
+            system["system"],
+            _seconds(system["first_s"]),
+            _seconds(system["second_s"]),
+            f"{system['ratio']:.3f}",
+        ]
+        for system in row["systems"]
+    ]
+    shape = f"{row['n_prefix']} tokens in common, {row['n_own']} of its own; first token"
+    return _section(row, shape, ["system", "first", "second", "second / first"], lines)
+
+
+def _coldstart(row: Measured) -> str:
+    lines = [[system["system"], _seconds(system["seconds"])] for system in row["systems"]]
+    size = f", {row['file_bytes'] / 1e9:.1f} GB" if "file_bytes" in row else ""
+    return _section(row, f"from the command to: {row['until']}{size}", ["system", "time"], lines)
+
+
+def _isolation(row: Measured) -> str:
+    head = ["requests", "equal", "other text", "of these ties", "largest difference", "median"]
+    head += ["sets lie apart"]
+    numbers = [str(row[key]) for key in ("n_requests", "equal", "other_text", "ties")]
+    numbers += [f"{row[key]:.2g}" for key in ("worst", "median", "sets_apart")]
+    return _section(row, f"KV {row['kv_type']}; differences in nats", head, [numbers])
+
+
+SECTIONS: dict[str, Callable[[Measured], str]] = {
+    "isolation": _isolation,
+    "parallel": _parallel,
+    "single": _single,
+    "prefix": _prefix,
+    "coldstart": _coldstart,
+}
+
+
+def _section(
+    row: Measured, title: str, head: Sequence[str], lines: Iterable[Sequence[str]], after: str = ""
+) -> str:
+    """A title, what was measured on what, the numbers, and the bounds."""
+    machine = (
+        f"{row['cpu']}, {row['n_threads']} threads, {row['when']}, commit {row['commit']}, "
+        f"llama-cpp-python {row['llama_cpp_python']}, medians of {row['rounds']} rounds"
+    )
+    parts = [f"**{row['model']}**, {title}.", machine + ".", _table(head, lines)]
+    parts += [after] if after else []
+    return "\n\n".join(
+        [*parts, _table(["of ours", "is", "bound", ""], map(_bound, row["targets"]))]
+    )
+
+
+def _bound(bound: Measured) -> Sequence[str]:
+    words = [f"at least {bound['least']:g}"] if bound["least"] is not None else []
+    words += [f"at most {bound['most']:g}"] if bound["most"] is not None else []
+    verdict = ("met" if bound["met"] else "**missed**") if words else ""
+    return [bound["name"], f"{bound['value']:.3g}", ", ".join(words), verdict]
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def _adapter(system: Measured) -> str:
+    return system["adapter"] or "none"
+
+
+def _speed(spread: Measured | None) -> str:
+    return f"{spread['median']:.1f} ({spread['min']:.1f} to {spread['max']:.1f})" if spread else ""
+
+
+def _seconds(spread: Measured | None) -> str:
+    if spread is None:
+        return ""
+    return f"{spread['median']:.2f} s ({spread['min']:.2f} to {spread['max']:.2f})"
+
+
+def _python(system: Measured) -> str:
+    names = (f"{mode}_python_us" for mode in ("whole", "streamed"))
+    return " / ".join(f"{system[name]['median']:.0f}" for name in names if name in system)
+
+
+def main() -> int:
+    """Fill the page in; with --check only compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
+    options = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    filled = fill(page, read_results(RESULTS))
+    if options.check:
+        return int(filled != page)
+    PAGE.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
