@@ -25,6 +25,7 @@ async function start() {
   }
   report(null);
   const ids = models.map(({ id }) => [id, id]);
+  if (models.some(isAdapter)) ids.push(["auto", "auto: what fits the message"]);
   fill(model, ids, models.find(isAdapter)?.id);
   fill(other, [["", "no other"], ...ids], "");
   part("choice").hidden = false;
@@ -68,7 +69,7 @@ function report(error) {
 
 function problem(error) {
   const isFull = error.code === "context_length_exceeded";
-  const advice = isFull ? "\nA new conversation starts with an empty context." : "";
+  const advice = isFull ? "\nA new conversation makes room, or a smaller “Longest answer” in the options." : "";
   const line = element("p.problem", error.message + advice);
   line.role = "alert";
   return line;
