@@ -143,6 +143,20 @@ def test_one_adapter_is_calibrated_by_the_other_datasets_of_its_bank() -> None:
     assert (routes.score(foreign) > routes.threshold).mean() < 0.1
 
 
+def test_what_is_far_from_a_far_away_dataset_is_not_accepted() -> None:
+    """All that is known as foreign is far away; the threshold does not follow it there."""
+    away = np.geomspace(5, 0.5, P) * 60
+    points = texts(0, 0) + away
+    far = {"far": Cloud(40, points.mean(axis=0), points)}
+    routes = fit_routes(far, CLOUDS)
+    assert routes.threshold == 0.0
+    assert (routes.score(texts(0, 9) + away) > 0).all()
+    assert not (routes.score(texts(0, 9) + away / 2) > 0).any()
+    known = SCORES["likelihood-ratio"](list(far.values()), CLOUDS)
+    foreign = np.concatenate([known(cloud.points) for cloud in CLOUDS])
+    assert foreign.max() < routes.score(texts(0, 9) + away / 2).max() < 0
+
+
 @pytest.mark.parametrize(
     ("candidates", "others", "why"),
     [

@@ -3,7 +3,8 @@
 Scores compare a text with the stored samples, in the projected space that all signatures share;
 higher is nearer. A score becomes a choice through a threshold that is calibrated leave-one-out:
 the samples of each known dataset are scored as if neither it nor any dataset of the same source
-were known, and the threshold is passed by the wanted share of them. No base is needed for it.
+were known, and the threshold is passed by the wanted share of them, or by fewer where a score has
+a floor. No base is needed for it.
 What is NOT covered: texts unlike anything in the calibration may pass more, or less, often.
 """
 
@@ -102,7 +103,7 @@ def fit_routes(
     method: str = "likelihood-ratio",
     false_accepts: float = FALSE_ACCEPTS,
 ) -> Routes:
-    """Routes to `candidates`, with the threshold that `false_accepts` of foreign prompts pass.
+    """Routes to `candidates`, with a threshold that `false_accepts` of foreign prompts may pass.
 
     Args:
         others: further datasets, that nothing is routed to: more of what is foreign.
@@ -129,7 +130,7 @@ def fit_routes(
             f"a threshold needs the signatures of {MIN_FOREIGN} datasets from other sources than "
             f"an adapter's, and there are {len(best)}"
         )
-    threshold = _upper_quantile(best, false_accepts)
+    threshold = max(_upper_quantile(best, false_accepts), FLOORS.get(method, -np.inf))
     return Routes(tuple(usable), fit(targets, everything), threshold, len(best))
 
 
@@ -189,6 +190,9 @@ SCORES: dict[str, Callable[[Sequence[Cloud], Sequence[Cloud]], Score]] = {
     "whitened-cosine": whitened_cosine,
     "cosine": cosine,
 }
+# Where all that is known as foreign is far away, the calibration alone would let much pass that is
+# far away too. A negative ratio says: more like an ordinary prompt than like the dataset's.
+FLOORS = {"likelihood-ratio": 0.0}
 
 
 def _upper_quantile(groups: Sequence[Array], share: float) -> float:
