@@ -23,13 +23,14 @@ from edgelora.adapters.architectures import (
     separate_rows,
 )
 from edgelora.adapters.base import Base
-from edgelora.adapters.gguf_lora import LoraFile, open_lora
+from edgelora.adapters.gguf_lora import LoraFile, open_lora, write_lora
 from edgelora.adapters.lora import LoraPair
 from edgelora.bases import resolve
 from edgelora.datasets.read import read_dataset
 from edgelora.engine.context import open_context
 from edgelora.engine.model import ModelOptions, WeightedAdapter, open_model
 from edgelora.engine.prepare import model_template, tokenise_examples
+from edgelora.engine.quantize import quantize
 from edgelora.engine.score import TokenisedExample, mean_loss, score
 from edgelora.gradient.decoder import Decoder, open_decoder
 from edgelora.gradient.observers import CoefficientGradients, FactorGradients
@@ -241,6 +242,28 @@ def test_smollm2_equals_torch(
             print(f"{where}, adapter {index}: {in_64:.1e} from torch; float32 {in_32:.1e}")
             assert in_64 < 1e-8
             assert in_32 < 2e-5
+
+
+def test_smollm2_in_float32_equals_llama_cpp(
+    base: Path, bank_adapters: list[LoraFile], examples: list[TokenisedExample], tmp_path: Path
+) -> None:
+    """The same weights as F32 files: F32 KV, no flash attention; F16 factors would make llama.cpp
+    round activations to F16 (5e-5 of the range)."""
+    copy, adapter = tmp_path / "f32.gguf", tmp_path / "adapter.gguf"
+    quantize(base, copy, "f32")
+    own, ids = bank_adapters[0], examples[0].prompt
+    plan = list(own.plan.values())
+    write_lora(
+        adapter, plan, own.pairs(), architecture="llama", alpha=own.alpha or None, dtype="f32"
+    )
+    decoder = open_decoder(copy)
+    cases: list[tuple[Updates, Path | None]] = [({}, None), (of_adapter(own), adapter)]
+    for updates, path in cases:
+        expected = llama_logits.logits(copy, ids, path)
+        difference = np.abs(decoder.logits(ids, updates) - expected).max() / np.ptp(expected)
+        print(f"largest difference of logits {difference:.1e} of their range")
+        assert difference < 1e-5
+    copy.unlink()
 
 
 def test_smollm2_quantised_is_near_llama_cpp(
