@@ -12,6 +12,7 @@ from edgelora.engine.dequantize import dequantize, is_readable
 from edgelora.errors import EngineError, UnsupportedFile
 
 READABLE = [kind for kind in GGMLQuantizationType if is_readable(kind)]
+COMPARED = [kind for kind in READABLE if kind.name != "Q1_0"]  # gguf's Python does not read it
 USUAL = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS IQ2_XXS"
 
 
@@ -26,16 +27,13 @@ def test_every_type_that_files_use_is_readable() -> None:
     assert GGMLQuantizationType.I32 not in READABLE
 
 
-@pytest.mark.parametrize("kind", READABLE, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", COMPARED, ids=lambda kind: kind.name)
 def test_values_are_those_of_gguf(kind: GGMLQuantizationType) -> None:
     raw = blocks(kind)
     out = np.empty(64 * GGML_QUANT_SIZES[kind][0], np.float32)
     dequantize(raw, kind, out)
     with np.errstate(all="ignore"):
-        try:
-            expected = reference(raw.reshape(64, -1), kind).reshape(-1)
-        except NotImplementedError:
-            pytest.skip(f"gguf's Python does not read {kind.name}")
+        expected = reference(raw.reshape(64, -1), kind).reshape(-1)
     number = ~np.isnan(expected)
     assert np.array_equal(np.isnan(out), ~number)
     assert np.array_equal(out[number], expected[number])
