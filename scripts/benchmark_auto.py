@@ -241,11 +241,13 @@ def git_commit() -> str:
     decides = ["edgelora/operators", "edgelora/signature", "edgelora/summarise.py", __file__]
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--", *decides)
-    return git("rev-parse", "--short=7", "HEAD") + ("-dirty" if changed else "")
+    commit = git("rev-parse", "--short=7", "HEAD")
+    if not commit:
+        return "no checkout"
+    return commit + ("-dirty" if git("status", "--porcelain", "--", *decides) else "")
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
