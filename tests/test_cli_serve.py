@@ -101,7 +101,7 @@ def started(*words: object, **environment: str) -> Iterator[Process]:
 def test_it_says_where_it_is_and_ends_in_order(base: Path) -> None:
     with started("--base", base, "--adapter", base.parent / "a.gguf", "--slots", 2) as server:
         url = server.url()
-        assert server.wait_for("2 slots of 4,096 tokens; KV cache")
+        assert server.wait_for(r"2 slots of 4,096 tokens; KV cache .* prefixes \d+ MB")
         assert server.wait_for("models: base, a")
         assert httpx.get(f"{url}/ready").status_code == 200
         assert server.end(signal.SIGINT) == 0

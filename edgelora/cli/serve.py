@@ -55,7 +55,7 @@ def _models(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _memory(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--slots, --context, --kv-type, --mlock, --max-queue and --queue-timeout."""
+    """--slots, --context, --kv-type, --mlock, --prefix-cache, --max-queue, --queue-timeout."""
     for option in (
         click.option(
             "--queue-timeout",
@@ -71,6 +71,15 @@ def _memory(command: Callable[..., Any]) -> Callable[..., Any]:
             default=64,
             show_default=True,
             help="Requests that may wait for a slot; one more gets 429.",
+        ),
+        click.option(
+            "--prefix-cache",
+            "cache_mb",
+            metavar="MB",
+            type=click.IntRange(min=0),
+            default=256,
+            show_default=True,
+            help="Memory for the beginnings of finished requests, so that they are not read again.",
         ),
         click.option("--mlock", is_flag=True, help="Lock the weights in RAM."),
         click.option(
@@ -170,6 +179,7 @@ def _settings(
     threads: int,
     api_key_file: Path | None,
     drain_s: float,
+    cache_mb: int,
     seed: int,
     **others: Any,
 ) -> Settings:
@@ -185,6 +195,7 @@ def _settings(
         low_ram=low_ram,
         n_threads=threads,
         api_keys=read_api_keys(api_key_file),
+        cache_bytes=cache_mb * 1_000_000,
         timeouts=Timeouts(drain_s=drain_s),
         **others,
     )

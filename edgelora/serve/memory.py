@@ -22,17 +22,19 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Room:
-    """Slots, the tokens of each, and the KV cells that they take together."""
+    """Slots, the tokens of each, the KV cells that they take together, and the cache beside."""
 
     n_slots: int
     n_ctx: int
     kv_bytes: int
+    cache_bytes: int
 
     def describe(self, kv_type: str) -> str:
         """One line for the person who starts the server."""
         return (
             f"{self.n_slots} slots of {self.n_ctx:,} tokens; "
-            f"KV cache {self.kv_bytes / 1e6:,.0f} MB ({kv_type})"
+            f"KV cache {self.kv_bytes / 1e6:,.0f} MB ({kv_type}), "
+            f"prefixes {self.cache_bytes / 1e6:,.0f} MB at most"
         )
 
 
@@ -50,6 +52,7 @@ def fit(
     kv_type: str = "f16",
     n_slots: int = 0,
     n_ctx: int = 0,
+    cache_bytes: int = 0,
 ) -> Room:
     """Slots and context for the free memory; what is given (not 0) stays as it is.
 
@@ -57,6 +60,7 @@ def fit(
 
     Args:
         available_bytes: free now, with the base's weights not counted as free.
+        cache_bytes: for prefixes beside the KV cache; no more than an eighth of what is free.
 
     Raises:
         EdgeLoRAError: what was asked for, or the least that is useful, does not fit.
@@ -73,7 +77,8 @@ def fit(
             ctx = max(_SMALLEST_CTX, ctx // 2)
         else:
             break
-    room = Room(slots, ctx, round(slots * ctx * each))
+    cache = min(cache_bytes, max(free, 0) // 8)
+    room = Room(slots, ctx, round(slots * ctx * each), cache)
     if room.kv_bytes > max(free, 0):
         megabytes = max(free, 0) / 1e6
         raise EdgeLoRAError(

@@ -16,6 +16,7 @@ from edgelora.serve.settings import Settings
 if TYPE_CHECKING:
     from edgelora.datasets.template import Template
     from edgelora.engine.model import Model
+    from edgelora.serve.memory import Room
     from edgelora.serve.routing import Router
     from edgelora.serve.scheduler import Scheduler
     from edgelora.serve.served import Registry
@@ -166,10 +167,11 @@ class Server:
         for warning in self._model.warnings:
             self._warn(warning)
         self._open_template(self._model)
-        n_slots, n_ctx = self._fit(self._model)
+        room = self._fit(self._model)
         limits = Limits(
-            n_slots=n_slots,
-            n_ctx=n_ctx,
+            n_slots=room.n_slots,
+            n_ctx=room.n_ctx,
+            cache_bytes=room.cache_bytes,
             n_batch=s.n_batch,
             kv_type=s.kv_type,
             max_queue=s.max_queue,
@@ -195,7 +197,7 @@ class Server:
             self._template_error = error
             self._warn(f"{error} Until then /v1/chat/completions is refused.")
 
-    def _fit(self, model: Model) -> tuple[int, int]:
+    def _fit(self, model: Model) -> Room:
         from edgelora.engine.needs import needs_of
         from edgelora.serve.memory import available_bytes, fit
 
@@ -210,9 +212,10 @@ class Server:
             kv_type=s.kv_type,
             n_slots=s.n_slots,
             n_ctx=s.n_ctx,
+            cache_bytes=s.cache_bytes,
         )
         self._say(room.describe(s.kv_type))
-        return room.n_slots, room.n_ctx
+        return room
 
     def _make_registry(self, model: Model, scheduler: Scheduler) -> Registry:
         """The ids; what is kept in memory is loaded before the context is made."""

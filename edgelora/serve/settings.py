@@ -11,7 +11,6 @@ from pathlib import Path
 from edgelora.errors import EdgeLoRAError, NotFound
 
 KEY_VARIABLE = "EDGELORA_API_KEY"
-KV_TYPES = ("f16", "q8_0", "q4_0", "f32")
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,7 @@ class Settings:
         n_slots, n_ctx: requests at once, and tokens of each (prompt and answer); 0 for what fits
             the free memory.
         kv_type: of the keys and values: f16, q8_0, q4_0, or f32 (no flash attention).
+        cache_bytes: memory beside the KV cache for prefixes of finished requests, at most.
         low_ram: weights stay memory-mapped; mlock: they are locked in RAM.
         max_queue: requests that may wait; queue_timeout_s: and for how long.
         template: of the prompts; None for the base's own.
@@ -102,6 +102,7 @@ class Settings:
     n_ctx: int = 0
     n_batch: int = 512
     kv_type: str = "f16"
+    cache_bytes: int = 256 << 20
     low_ram: bool = False
     mlock: bool = False
     max_queue: int = 64
