@@ -14,7 +14,18 @@ from pydantic import (
 )
 
 from edgelora.serve.openai_errors import bad_request
-from edgelora.serve.schema import INT31, Body, GenerationBody, JsonObject, Only, encodable, wrong
+from edgelora.serve.schema import (
+    INT31,
+    Body,
+    GenerationBody,
+    JsonObject,
+    Labels,
+    Only,
+    Text,
+    ToolChoice,
+    encodable,
+    wrong,
+)
 
 _SCHEMA_PARAM = "response_format.json_schema"  # where pydantic would name the Python attribute
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -66,14 +77,14 @@ Content = Annotated[
 class CalledFunction(Body):
     """A function that an assistant called, its arguments as a JSON text."""
 
-    name: str
-    arguments: str
+    name: Text
+    arguments: Text
 
 
 class CalledTool(Body):
     """One call in an assistant's turn."""
 
-    id: str
+    id: Text
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -84,8 +95,8 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     tool_calls: list[CalledTool] | None = None
     content: Content = Field(default=None, validate_default=True)
-    name: str | None = None
-    tool_call_id: str | None = Field(default=None, validate_default=True)
+    name: Text | None = None
+    tool_call_id: Text | None = Field(default=None, validate_default=True)
     audio: Annotated[Any, Only()] = None
     function_call: Annotated[Any, Only()] = None
 
@@ -130,8 +141,8 @@ class ChatMessage(Body):
 class NamedSchema(Body):
     """A JSON schema that the answer has to follow; it is always enforced, `strict` or not."""
 
-    name: str | None = None
-    description: str | None = None
+    name: Text | None = None
+    description: Text | None = None
     json_schema: JsonObject = Field(alias="schema")
     strict: bool | None = None
 
@@ -166,13 +177,13 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: list[JsonObject] | None = None
-    tool_choice: str | JsonObject | None = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
 
     # Labels that change no answer.
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    metadata: Labels | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
     audio: Annotated[Any, Only()] = None
     function_call: Annotated[Any, Only()] = None

@@ -8,7 +8,18 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from edgelora.serve.chat_schema import ChatMessage, ResponseFormat, text_of
 from edgelora.serve.openai_errors import bad_request
-from edgelora.serve.schema import INT31, Body, GenerationBody, JsonObject, Only, encodable, wrong
+from edgelora.serve.schema import (
+    INT31,
+    Body,
+    GenerationBody,
+    JsonObject,
+    Labels,
+    Only,
+    Text,
+    ToolChoice,
+    encodable,
+    wrong,
+)
 
 LOGPROBS = "message.output_text.logprobs"
 # There is no reasoning here, so nothing of it is left out.
@@ -44,8 +55,8 @@ class Function(Body):
     """A function that the answer may call; other kinds of tools run on OpenAI's servers."""
 
     type: Literal["function"]
-    name: str
-    description: str | None = None
+    name: Text
+    description: Text | None = None
     parameters: JsonObject | None = None
     strict: bool | None = None
 
@@ -65,8 +76,8 @@ class TextFormat(Body):
     """`text.format`: a schema is beside its name here, not in an object of its own."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str | None = None
-    description: str | None = None
+    name: Text | None = None
+    description: Text | None = None
     json_schema: JsonObject | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
@@ -96,19 +107,19 @@ class ResponsesBody(GenerationBody):
     """POST /v1/responses. Nothing is stored: a conversation is sent whole each time."""
 
     input: Input
-    instructions: str | None = None
+    instructions: Text | None = None
     max_output_tokens: int | None = Field(default=None, ge=1, lt=INT31)
     text: TextOptions | None = None
     tools: list[Function] | None = None
-    tool_choice: str | JsonObject | None = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    include: list[str] | None = None
+    include: list[Text] | None = None
 
     # Labels that change no answer.
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    metadata: Labels | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
     access_programs: Annotated[Any, Only()] = None
     background: Annotated[Any, Only((False,))] = None
@@ -146,9 +157,10 @@ class ResponsesBody(GenerationBody):
 
     def choice(self) -> str | dict[str, Any] | None:
         """The tool choice as chat completions write it."""
-        if isinstance(self.tool_choice, dict) and self.tool_choice.get("type") == "function":
-            return {"type": "function", "function": {"name": self.tool_choice.get("name")}}
-        return self.tool_choice
+        choice: str | dict[str, Any] | None = self.tool_choice
+        if isinstance(choice, dict) and choice.get("type") == "function":
+            return {"type": "function", "function": {"name": choice.get("name")}}
+        return choice
 
     def turns(self) -> list[dict[str, Any]]:
         """The conversation as templates read it; calls that follow each other are one turn's."""

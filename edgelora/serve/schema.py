@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -88,6 +88,12 @@ def _stop_strings(value: Any) -> Any:
     return [encodable(stop) for stop in stops]
 
 
+def _text_or_object(value: Any) -> Any:
+    if not isinstance(value, str | dict | None):
+        raise wrong("must be a string or an object")
+    return encodable(value)
+
+
 def _biases(value: dict[str, float] | None) -> dict[str, float] | None:
     for token in value or {}:
         if not (token.isascii() and token.isdigit() and len(token) < 10):
@@ -95,7 +101,14 @@ def _biases(value: dict[str, float] | None) -> dict[str, float] | None:
     return value
 
 
+Text = Annotated[str, AfterValidator(encodable)]
+Labels = Annotated[dict[str, str], AfterValidator(encodable)]
 JsonObject = Annotated[dict[str, Any], AfterValidator(encodable)]
+ToolChoice = Annotated[
+    Any,
+    BeforeValidator(_text_or_object),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]}),
+]
 Stop = Annotated[
     list[str] | None,
     BeforeValidator(_stop_strings),
@@ -121,16 +134,16 @@ class Body(BaseModel):
 class LoraField(Body):
     """One adapter of the set that answers, and its weight."""
 
-    name: str
+    name: Text
     scale: float = 1.0
 
 
 class ModelBody(Body):
     """Which model answers: its id, or the base with exactly the adapters in `lora`."""
 
-    model: str | None = None
+    model: Text | None = None
     lora: list[LoraField] | None = None
-    user: str | None = None
+    user: Text | None = None
 
     @model_validator(mode="after")
     def _one_way_to_choose(self) -> ModelBody:
@@ -165,7 +178,7 @@ class GenerationBody(ModelBody):
     stop: Stop = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    grammar: str | None = None
+    grammar: Text | None = None
     ignore_eos: bool | None = None
 
     # Of other servers, where they change the answer: refused rather than ignored.
@@ -268,5 +281,5 @@ class EmbeddingBody(ModelBody):
     """POST /v1/embeddings."""
 
     input: Prompts
-    encoding_format: str | None = Field(default=None, pattern="^(float|base64)$")
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1, lt=INT31)
