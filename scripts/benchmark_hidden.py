@@ -67,9 +67,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def run_task(
-    task: str, adapters: dict[str, Path], arguments: argparse.Namespace
-) -> dict[str, Any]:
+def run_task(task: str, adapters: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
     """Build without the task's source, evaluate on its test lines."""
     hidden = same_source(task, adapters, arguments.tasks)
     excluded = [option for name in hidden for option in ("--exclude", name)]

@@ -1,6 +1,6 @@
 """Peak anonymous memory of a command and of its children, which memory-mapping does not inflate.
 
-    python scripts/measure_memory.py edgelora demo
+python scripts/measure_memory.py edgelora demo
 """
 
 from __future__ import annotations

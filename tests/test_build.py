@@ -91,9 +91,7 @@ def run(
 ) -> Built:  # fmt: skip
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
     used = model_template(model, template)
-    return build(
-        model, open_bank(bank), dataset, used, out, options, (ear or Ear()).listener
-    )
+    return build(model, open_bank(bank), dataset, used, out, options, (ear or Ear()).listener)
 
 
 def nothing_left(tmp_path: Path, but: Sequence[str] = ()) -> bool:

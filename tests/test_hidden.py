@@ -98,9 +98,7 @@ def test_groups_and_batches_do_not_matter(model: Model, shared: bool) -> None:
     given = examples(shared=shared)
     with open_context(model, hidden=True, exact=True) as context:
         whole = completion_states(context, given)
-    with open_context(
-        model, hidden=True, exact=True, n_batch=16, n_sequences=2
-    ) as context:
+    with open_context(model, hidden=True, exact=True, n_batch=16, n_sequences=2) as context:
         in_parts = completion_states(context, given)
     np.testing.assert_array_equal(in_parts.targets, whole.targets)
     np.testing.assert_allclose(in_parts.hidden, whole.hidden, atol=1e-4)

@@ -21,9 +21,7 @@ from edgelora.errors import NoImprovement
 from edgelora.files import write_atomic
 
 
-def write_trial(
-    work: Work, trial: Trial, nearness: Nearness | None, path: Path
-) -> MergeReport:
+def write_trial(work: Work, trial: Trial, nearness: Nearness | None, path: Path) -> MergeReport:
     """Combine a trial's adapters as the options ask, with all that tells how it was made."""
     options, pool = work.options, work.pool
     used = np.flatnonzero(trial.candidate.coefficients)

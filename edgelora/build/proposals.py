@@ -147,9 +147,7 @@ def measure_alone(
 
 def losses_of(states: Sequence[CompletionStates], head: NDArray[np.float32]) -> Array:
     """Mean nats a token of each, (m,)."""
-    return np.array(
-        [surrogate.token_losses(s.hidden, s.targets, head).mean() for s in states]
-    )
+    return np.array([surrogate.token_losses(s.hidden, s.targets, head).mean() for s in states])
 
 
 def propose(

@@ -63,9 +63,7 @@ class Trial:
         return [WeightedAdapter(self.path, self.candidate.scale)]
 
 
-def make_trial(
-    name: str, coefficients: Array, paths: Sequence[Path], folder: Path
-) -> Trial:
+def make_trial(name: str, coefficients: Array, paths: Sequence[Path], folder: Path) -> Trial:
     """Combine adapters into a file of `folder`; a single adapter is its own file.
 
     Coefficients below 1 % of the largest are dropped and the others rounded to 4 decimals, so

@@ -55,23 +55,8 @@ def _models(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _memory(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--slots, --context, --kv-type, --mlock, --prefix-cache, --max-queue, --queue-timeout."""
+    """--slots, --context, --kv-type, --mlock and --prefix-cache."""
     for option in (
-        click.option(
-            "--queue-timeout",
-            "queue_timeout_s",
-            type=click.FloatRange(min=0.1),
-            default=120.0,
-            show_default=True,
-            help="Seconds that a request may wait for a slot (then 503).",
-        ),
-        click.option(
-            "--max-queue",
-            type=click.IntRange(min=0),
-            default=64,
-            show_default=True,
-            help="Requests that may wait for a slot; one more gets 429.",
-        ),
         click.option(
             "--prefix-cache",
             "cache_mb",
@@ -102,6 +87,29 @@ def _memory(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=0, max=128),
             default=0,
             help="Requests computed at once; 0: 4, or what fits the free RAM.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _queue(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--max-queue and --queue-timeout."""
+    for option in (
+        click.option(
+            "--queue-timeout",
+            "queue_timeout_s",
+            type=click.FloatRange(min=0.1),
+            default=120.0,
+            show_default=True,
+            help="Seconds that a request may wait for a slot (then 503).",
+        ),
+        click.option(
+            "--max-queue",
+            type=click.IntRange(min=0),
+            default=64,
+            show_default=True,
+            help="Requests that may wait for a slot; one more gets 429.",
         ),
     ):
         command = option(command)
@@ -153,6 +161,7 @@ def _network(command: Callable[..., Any]) -> Callable[..., Any]:
 @_models
 @_network
 @_memory
+@_queue
 @console.common_options
 def command(**options: Any) -> None:
     """Serve the base and adapters over HTTP, as OpenAI's API; the page at / talks to it.

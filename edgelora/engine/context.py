@@ -287,26 +287,12 @@ def open_context(
     Raises:
         EngineError: settings that this model does not allow.
     """
-    parameters = llama_cpp.llama_context_default_params()
     n_ctx = min(n_ctx, model.n_ctx_train)
-    parameters.n_ctx = max(n_ctx, n_cells)
-    parameters.n_batch = min(n_batch, parameters.n_ctx)
-    parameters.n_ubatch = min(n_ubatch or n_batch, parameters.n_batch)
-    parameters.n_seq_max = min(n_sequences, 256, parameters.n_batch)
-    # llama.cpp asserts that each sequence may have an output.
-    parameters.n_outputs_max = min(
-        max(n_outputs or n_batch, parameters.n_seq_max), parameters.n_batch
+    parameters = _parameters(
+        max(n_ctx, n_cells), n_batch, n_ubatch or n_batch, n_sequences, n_outputs or n_batch
     )
-    parameters.n_outputs_max_per_seq = parameters.n_outputs_max
-    parameters.kv_unified = True
     parameters.n_threads = parameters.n_threads_batch = model.options.threads()
-    parameters.no_perf = True
-    kv_type = "f32" if exact else kv_type
-    if kv_type == "f32":
-        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    if kv_type not in KV_TYPES:
-        raise EngineError(f"no KV type {kv_type}", hint=f"There are {', '.join(KV_TYPES)}.")
-    parameters.type_k = parameters.type_v = KV_TYPES[kv_type]
+    _set_kv_type(parameters, "f32" if exact else kv_type)
     capture = _NodeCapture() if hidden else None
     if capture is not None:
         parameters.cb_eval = capture.callback
@@ -320,3 +306,28 @@ def open_context(
         yield context
     finally:
         context.close()
+
+
+def _parameters(
+    n_cells: int, n_batch: int, n_ubatch: int, n_sequences: int, n_outputs: int
+) -> llama_cpp.llama_context_params:
+    """llama.cpp's parameters, none larger than what it is a part of."""
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = n_cells
+    parameters.n_batch = min(n_batch, n_cells)
+    parameters.n_ubatch = min(n_ubatch, parameters.n_batch)
+    parameters.n_seq_max = min(n_sequences, 256, parameters.n_batch)
+    # llama.cpp asserts that each sequence may have an output.
+    parameters.n_outputs_max = min(max(n_outputs, parameters.n_seq_max), parameters.n_batch)
+    parameters.n_outputs_max_per_seq = parameters.n_outputs_max
+    parameters.kv_unified = True
+    parameters.no_perf = True
+    return parameters
+
+
+def _set_kv_type(parameters: llama_cpp.llama_context_params, kv_type: str) -> None:
+    if kv_type not in KV_TYPES:
+        raise EngineError(f"no KV type {kv_type}", hint=f"There are {', '.join(KV_TYPES)}.")
+    if kv_type == "f32":
+        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    parameters.type_k = parameters.type_v = KV_TYPES[kv_type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import unquote
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -95,6 +95,6 @@ def types_of(value: object) -> set[str]:
     return {"object" if isinstance(value, Mapping) else "array"}
 
 
-def are_texts(value: object) -> bool:
+def are_texts(value: object) -> TypeGuard[Sequence[str]]:
     """Whether a value is a list of strings."""
     return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)

@@ -18,9 +18,7 @@ Array = NDArray[np.float64]
 States = NDArray[np.float32]
 
 
-def token_losses(
-    hidden: States, targets: NDArray[np.int64], head: States
-) -> NDArray[np.float64]:
+def token_losses(hidden: States, targets: NDArray[np.int64], head: States) -> NDArray[np.float64]:
     """-log softmax(head @ h)[target] of each token, (t,) float64, in nats.
 
     Args:
@@ -63,9 +61,7 @@ def fit(
             gradient + 2.0 * penalty * away,
         )
 
-    found = minimize(
-        objective, start, jac=True, method="L-BFGS-B", options={"maxiter": max_steps}
-    )
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": max_steps})
     return np.asarray(found.x, np.float64)
 
 

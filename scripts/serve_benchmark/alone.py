@@ -15,6 +15,7 @@ import numpy as np
 
 from edgelora.engine.context import Row, open_context
 from edgelora.engine.model import ModelOptions, WeightedAdapter, open_model
+from edgelora.engine.tokens import Vocabulary
 
 
 def answer(question: dict[str, Any]) -> dict[str, list[Any]]:
@@ -33,11 +34,20 @@ def answer(question: dict[str, Any]) -> dict[str, list[Any]]:
             logits = context.decode(rows)[0].astype(np.float64)
             second, best = np.sort(logits)[-2:]
             token = int(logits.argmax())
-            texts.append(model.vocabulary.decode([token]).decode("utf-8", "replace"))
+            texts.append(_shown(model.vocabulary, token))
             logprobs.append(float(-np.log(np.exp(logits - best).sum())))
             leads.append(float(best - second))
             rows = [Row(token, position, 0, output=True)]
     return {"texts": texts, "logprobs": logprobs, "leads": leads}
+
+
+def _shown(vocabulary: Vocabulary, token: int) -> str:
+    """A token as OpenAI's log-probabilities name it: control tokens and parts of characters too."""
+    text = vocabulary.decode([token])
+    try:
+        return text.decode() or vocabulary.text_of(token)
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
 if __name__ == "__main__":

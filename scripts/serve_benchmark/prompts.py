@@ -42,8 +42,11 @@ class PromptMaker:
     def _one(self, n_tokens: int, after: Prompt | None) -> Prompt:
         for _ in range(_TRIES):
             n_words = n_tokens - len(after.ids if after else self._start())
-            words = " ".join(self._rng.choice(self._words, n_words))
-            prompt = self.read(f"{after.text} {words}" if after else words)
+            words = [after.text] if after else []
+            words += [str(word) for word in self._rng.choice(self._words, n_words)]
+            # A word at the very beginning may take several tokens: then there are words too many.
+            n_over = len(self.read(" ".join(words))) - n_tokens
+            prompt = self.read(" ".join(words[: len(words) - max(0, n_over)]))
             kept = after is None or prompt.ids[: len(after)] == after.ids
             if len(prompt) == n_tokens and kept:
                 return prompt

@@ -146,10 +146,12 @@ async function fillAnswer({ id, name, text, meta, view }, question, signal) {
   meta.textContent = summary(reason, body.max_tokens, clock);
 }
 
+// Pieces that came in one go say nothing of the speed.
 function summary(reason, limit, { n_tokens, first, last }) {
   const parts = [reason === "length" ? `cut at ${limit} tokens` : (ENDS[reason] ?? reason)];
+  const seconds = (last - first) / 1000;
   if (n_tokens) parts.push(`${n_tokens} token${n_tokens === 1 ? "" : "s"}`);
-  if (n_tokens > 1 && last > first) parts.push(`${((1000 * (n_tokens - 1)) / (last - first)).toFixed(1)} tokens/s`);
+  if (n_tokens > 1 && seconds > 0.1) parts.push(`${((n_tokens - 1) / seconds).toFixed(1)} tokens/s`);
   return parts.join(" · ");
 }
 
