@@ -312,7 +312,7 @@ def _parameters(
     n_cells: int, n_batch: int, n_ubatch: int, n_sequences: int, n_outputs: int
 ) -> llama_cpp.llama_context_params:
     """llama.cpp's parameters, none larger than what it is a part of."""
-    parameters = llama_cpp.llama_context_default_params()
+    parameters: llama_cpp.llama_context_params = llama_cpp.llama_context_default_params()
     parameters.n_ctx = n_cells
     parameters.n_batch = min(n_batch, n_cells)
     parameters.n_ubatch = min(n_ubatch, parameters.n_batch)
