@@ -1,0 +1,66 @@
+"""Adam: steps whose size does not depend on that of the gradient, and a pull towards the start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgelora.gradient.weights import Array
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Adam:
+    """How far a step goes.
+
+    Attributes:
+        step: about what a value moves by in one step.
+        momentum: the share of the last steps' mean gradient that is kept (beta 1).
+        memory: the same of their squares (beta 2).
+        penalty: the pull towards the start, as a share of the way back for each unit of `step`.
+    """
+
+    step: float
+    momentum: float = 0.9
+    memory: float = 0.999
+    penalty: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """The values after `n_steps` steps, with the running means of gradients and their squares."""
+
+    values: Array
+    mean: Array
+    square: Array
+    n_steps: int
+
+
+def begin(start: Array) -> Track:
+    """A track before its first step."""
+    return Track(start, np.zeros_like(start), np.zeros_like(start), 0)
+
+
+def advance(track: Track, gradient: Array, start: Array, adam: Adam) -> Track:
+    """One step; `track` stays as it is.
+
+        m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+        w = w - step ((m / (1 - b1^t)) / sqrt(v / (1 - b2^t)) + penalty (w - start))
+
+    Adam (arXiv:1412.6980, algorithm 1) with a decoupled pull (arXiv:1711.05101, algorithm 2), here
+    towards the start in place of zero. A value whose gradient was always 0 only follows the pull.
+
+    Args:
+        gradient, start: of the shape and dtype of the track's values.
+    """
+    n = track.n_steps + 1
+    kind = track.values.dtype.type
+    mean = kind(adam.momentum) * track.mean + kind(1 - adam.momentum) * gradient
+    square = kind(adam.memory) * track.square + kind(1 - adam.memory) * gradient * gradient
+    scale = kind(np.sqrt(1 - adam.memory**n) / (1 - adam.momentum**n))
+    move = scale * mean / (np.sqrt(square) + kind(_TINY))
+    if adam.penalty:
+        move += kind(adam.penalty) * (track.values - start)
+    return Track(track.values - kind(adam.step) * move, mean, square, n)

@@ -1,0 +1,218 @@
+"""Coefficients of a bank's adapters by gradient descent on a few examples, stopped in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.adapters.gguf_lora import LoraFile
+from edgelora.engine.score import TokenisedExample, shared_prefix
+from edgelora.errors import EdgeLoRAError
+from edgelora.gradient import layers
+from edgelora.gradient.adam import Adam
+from edgelora.gradient.checkpoint import Checkpoint, fingerprint
+from edgelora.gradient.decoder import Decoder, PassOptions
+from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step, count_tokens
+from edgelora.gradient.observers import CoefficientGradients, per_adapter
+from edgelora.gradient.updates import Updates, refuse_misfits
+from edgelora.gradient.variables import Coefficients
+
+OBJECTIVES = ("loss", "prompts", "entropy")
+
+
+@dataclass(frozen=True)
+class DescentOptions:
+    """How coefficients are found; the defaults are the best of docs/gradient.md.
+
+    Attributes:
+        weights: one coefficient of an adapter for each "tensor", for each "layer", or one for the
+            whole "adapter".
+        n_passes: over the examples, at most.
+        batch_size: examples a step; 0 for all.
+        step, momentum, memory, penalty: see adam.Adam.
+        n_folds: of the cross-validation that stops the descent, one for each example if there are
+            fewer; 0 runs all passes.
+        patience: passes without a better held-out loss after which it stops.
+        objective: "loss" of the completions; without completions "prompts", the loss of the
+            prompts after what they share, or "entropy" of the first answer token
+            (arXiv:2310.02575).
+    """
+
+    weights: str = "tensor"
+    n_passes: int = 10
+    batch_size: int = 4
+    step: float = 0.02
+    penalty: float = 0.0
+    n_folds: int = 4
+    seed: int = 0
+    objective: str = "loss"
+    momentum: float = 0.9
+    memory: float = 0.99
+    patience: int = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Descended:
+    """What a descent found.
+
+    Attributes:
+        coefficients: tensor name -> (k,) float64, what `updates.Combined` and a merge take. With
+            folds it is the mean of what the folds found, so that every example has a say.
+        n_passes: at which it was stopped: the pass that the coefficients are from.
+        support_losses: nats a token in each pass, met before each step.
+        held_out_losses: cross-validated, at the start and after each pass; empty without folds.
+        n_tokens: forward-equivalent tokens that were computed; a gradient pass counts three.
+    """
+
+    coefficients: dict[str, NDArray[np.float64]]
+    n_passes: int
+    support_losses: tuple[float, ...]
+    held_out_losses: tuple[float, ...]
+    n_tokens: int
+
+
+def descend(
+    decoder: Decoder,
+    adapters: Sequence[LoraFile],
+    examples: Sequence[TokenisedExample],
+    start: NDArray[np.float64],
+    options: DescentOptions | None = None,
+    *,
+    passes: PassOptions | None = None,
+    listen: Callable[[Step], None] = lambda step: None,
+    checkpoint: Path | None = None,
+) -> Descended:
+    """Adam on the coefficients of `adapters` for each tensor, from `start`.
+
+    With folds, each fold's descent learns from the other folds and is judged by its own; all go
+    on pass by pass until the loss of what they have not seen, taken together, no longer falls.
+    The same inputs give the same coefficients, also when it was interrupted and goes on.
+
+    Args:
+        start: (k,), the coefficient of each adapter in every tensor.
+        passes: how a pass is run; its objective is that of `options`.
+        checkpoint: where the state is kept; a descent goes on from there. It stays at the end,
+            when going on returns the result at once.
+
+    Raises:
+        IncompatibleAdapter, UnsupportedFile: see updates.refuse_misfits.
+        InvalidFile: a damaged checkpoint.
+        EdgeLoRAError: unusable examples or options, a loss that is no number, or a checkpoint of
+            another descent.
+        Interrupted: Ctrl-C, or a KeyboardInterrupt of the listener.
+    """
+    options = options or DescentOptions()
+    refuse_misfits(adapters, decoder.base)
+    variables = Coefficients(adapters, start, options.weights)
+    work = _minimisation(decoder, adapters, examples, variables, options, passes)
+    state, is_interrupted = work.run(work.open(checkpoint), listen, checkpoint)
+    found = _found(state, variables)
+    if is_interrupted:
+        raise Interrupted(found)
+    return found
+
+
+def count_descent_tokens(
+    decoder: Decoder,
+    examples: Sequence[TokenisedExample],
+    options: DescentOptions | None = None,
+    passes: PassOptions | None = None,
+) -> int:
+    """Forward-equivalent tokens that `descend` computes at most."""
+    options = options or DescentOptions()
+    texts = objective_examples(examples, options.objective)
+    return count_tokens(decoder, texts, _schedule(options, len(texts)), passes or PassOptions())
+
+
+def rank_adapters(
+    decoder: Decoder,
+    adapters: Sequence[LoraFile],
+    examples: Sequence[TokenisedExample],
+    at: Updates,
+    *,
+    passes: PassOptions | None = None,
+) -> NDArray[np.float64]:
+    """The slope of the loss along each whole adapter, (k,), by one gradient pass.
+
+    More negative is better, as far as a slope tells.
+
+    Args:
+        at: where the slope is taken, {} for the base.
+
+    Raises:
+        IncompatibleAdapter, UnsupportedFile: see updates.refuse_misfits.
+        EdgeLoRAError: unusable examples.
+    """
+    refuse_misfits(adapters, decoder.base)
+    found = CoefficientGradients(adapters)
+    decoder.gradients(examples, at, found, passes)
+    return per_adapter(found.values)
+
+
+def objective_examples(
+    examples: Sequence[TokenisedExample], objective: str
+) -> list[TokenisedExample]:
+    """Examples whose completions are what the objective is about.
+
+    Raises:
+        EdgeLoRAError: an unknown objective.
+    """
+    if objective not in OBJECTIVES:
+        raise EdgeLoRAError(f"no objective {objective}", hint=f"One of {', '.join(OBJECTIVES)}.")
+    if objective == "loss":
+        return list(examples)
+    if objective == "entropy":
+        return [replace(example, completion=(0,)) for example in examples]
+    cut = max(1, shared_prefix([example.prompt for example in examples]))
+    return [
+        replace(example, prompt=example.prompt[:cut], completion=example.prompt[cut:])
+        for example in examples
+    ]
+
+
+def _minimisation(
+    decoder: Decoder,
+    adapters: Sequence[LoraFile],
+    examples: Sequence[TokenisedExample],
+    variables: Coefficients,
+    options: DescentOptions,
+    passes: PassOptions | None,
+) -> Minimisation:
+    texts = objective_examples(examples, options.objective)
+    measure = layers.entropy if options.objective == "entropy" else layers.cross_entropy
+    files = [(file.path.name, file.path.stat().st_size) for file in adapters]
+    base = (decoder.base.identity.id, decoder.base.path.stat().st_size)
+    return Minimisation(
+        decoder=decoder,
+        variables=variables,
+        examples=texts,
+        adam=Adam(options.step, options.momentum, options.memory, options.penalty),
+        schedule=_schedule(options, len(texts)),
+        passes=replace(passes or PassOptions(), objective=measure),
+        key=fingerprint("coefficients", base, files, texts, variables.start, asdict(options)),
+    )
+
+
+def _schedule(options: DescentOptions, n_examples: int) -> Schedule:
+    return Schedule(
+        n_passes=options.n_passes,
+        batch_size=options.batch_size,
+        n_folds=min(options.n_folds, n_examples),
+        patience=options.patience,
+        seed=options.seed,
+    )
+
+
+def _found(state: Checkpoint, variables: Coefficients) -> Descended:
+    tally = state.tally
+    return Descended(
+        coefficients=variables.by_tensor(state.best),
+        n_passes=tally.best_pass,
+        support_losses=tally.support_losses,
+        held_out_losses=tally.held_out_losses,
+        n_tokens=tally.n_tokens,
+    )
