@@ -393,6 +393,19 @@ def test_a_finished_descent_returns_at_once(
     assert not steps and again.n_tokens == first.n_tokens
 
 
+def test_more_passes_may_follow(decoder: Decoder, bank: list[LoraFile], tmp_path: Path) -> None:
+    path, start = tmp_path / "state", np.zeros(3)
+    for n_passes in (1, 3):
+        options = dataclasses.replace(SHORT, n_passes=n_passes)
+        found = descend(decoder, bank, examples(4), start, options, checkpoint=path)
+        alone = descend(decoder, bank, examples(4), start, options)
+        for name, row in alone.coefficients.items():
+            assert (found.coefficients[name] == row).all()
+    with pytest.raises(EdgeLoRAError, match="3 passes are done already, more than 2"):
+        options = dataclasses.replace(SHORT, n_passes=2)
+        descend(decoder, bank, examples(4), start, options, checkpoint=path)
+
+
 def test_an_interrupt_carries_the_best_so_far(decoder: Decoder, bank: list[LoraFile]) -> None:
     start = np.full(3, 0.3)
     options = dataclasses.replace(SHORT, n_passes=9)

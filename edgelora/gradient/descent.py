@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +95,8 @@ def descend(
     Args:
         start: (k,), the coefficient of each adapter in every tensor.
         passes: how a pass is run; its objective is that of `options`.
-        checkpoint: where the state is kept; a descent goes on from there. It stays at the end,
-            when going on returns the result at once.
+        checkpoint: where the state is kept; a descent goes on from there. It stays at the end:
+            going on returns the result at once, or adds the passes that are allowed now.
 
     Raises:
         IncompatibleAdapter, UnsupportedFile: see updates.refuse_misfits.
@@ -186,6 +186,7 @@ def _minimisation(
     measure = layers.entropy if options.objective == "entropy" else layers.cross_entropy
     files = [(file.path.name, file.path.stat().st_size) for file in adapters]
     base = (decoder.base.identity.id, decoder.base.path.stat().st_size)
+    course = replace(options, n_passes=0, patience=0)  # they only say when it ends
     return Minimisation(
         decoder=decoder,
         variables=variables,
@@ -193,7 +194,7 @@ def _minimisation(
         adam=Adam(options.step, options.momentum, options.memory, options.penalty),
         schedule=_schedule(options, len(texts)),
         passes=replace(passes or PassOptions(), objective=measure),
-        key=fingerprint("coefficients", base, files, texts, variables.start, asdict(options)),
+        key=fingerprint("coefficients", base, files, texts, variables.start, course),
     )
 
 

@@ -98,7 +98,7 @@ class Minimisation:
 
         Raises:
             InvalidFile: a damaged file.
-            EdgeLoRAError: the state of another descent.
+            EdgeLoRAError: the state of another descent, or of one that went further.
         """
         if path is None or not path.exists():
             tracks = (begin(self.variables.start),) * len(self.folds)
@@ -109,6 +109,12 @@ class Minimisation:
             raise EdgeLoRAError(
                 f"{path}: the state of another descent (other examples, adapters or options)",
                 hint="Delete it, or go on with what it was made for.",
+            )
+        if state.tally.in_pass - 1 > self.schedule.n_passes:
+            raise EdgeLoRAError(
+                f"{path}: {state.tally.in_pass - 1} passes are done already, more than "
+                f"{self.schedule.n_passes}",
+                hint="Delete it, or allow as many passes.",
             )
         return state
 

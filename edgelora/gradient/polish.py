@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +147,7 @@ def _minimisation(
     passes: PassOptions,
 ) -> Minimisation:
     base = (decoder.base.identity.id, decoder.base.path.stat().st_size)
+    course = replace(options, n_passes=0)  # it only says when it ends
     scales = {name: pair.scale for name, pair in pairs.items()}
     return Minimisation(
         decoder=decoder,
@@ -155,7 +156,7 @@ def _minimisation(
         adam=Adam(options.step, options.momentum, options.memory, options.penalty),
         schedule=_schedule(options),
         passes=passes,
-        key=fingerprint("factors", base, scales, tuple(examples), variables.start, asdict(options)),
+        key=fingerprint("factors", base, scales, tuple(examples), variables.start, course),
     )
 
 
