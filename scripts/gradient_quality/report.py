@@ -1,0 +1,153 @@
+"""The tables of results: shares of loss recovered, exact match, paired differences, intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgelora.metrics import paired_bootstrap
+from gradient_quality.measuring import WITHOUT_LABELS, Key, labels_of
+
+Row = dict[str, Any]
+
+
+def report(rows: dict[Key, Row]) -> str:
+    """A table for each bed and number of labels, of the tasks that every arm in it has."""
+    kinds = sorted({(row["bed"], row["labels"]) for row in rows.values() if row["labels"]})
+    tables = [t for bed, labels in kinds if (t := _table(rows, bed, labels))]
+    return "\n\n".join(tables)
+
+
+def _table(rows: dict[Key, Row], bed: str, labels: int) -> str:
+    """Arms that some tasks lack are told apart: each is compared on the tasks that it has."""
+    arms = _arms(rows, bed, labels)
+    cases = _cases(rows, bed, labels)
+    if not cases:
+        return ""
+    lines = [
+        f"### {bed}, {labels} labels: {len({task for task, _ in cases})} tasks, "
+        f"{len({seed for _, seed in cases})} seed(s)",
+        "",
+        "| arm | cases | recovered loss | above `forward` | above `few` | exact match | rank |"
+        " forward-equivalent tokens | below base |",
+        "|---|" + "---:|" * 8,
+    ]
+    lines += [_line(rows, bed, labels, cases, arm) for arm in arms]
+    return "\n".join([*lines, "", *_stops(rows, bed, labels, cases)])
+
+
+def _arms(rows: dict[Key, Row], bed: str, labels: int) -> list[str]:
+    """In the order in which they were first measured, base and own first."""
+    found = [row["arm"] for row in rows.values() if (row["bed"], row["labels"]) == (bed, labels)]
+    return list(dict.fromkeys([*WITHOUT_LABELS, *found]))
+
+
+def _cases(rows: dict[Key, Row], bed: str, labels: int) -> list[tuple[str, int]]:
+    """(task, seed) with base, own and something to compare."""
+    wanted = {
+        (row["task"], row["seed"])
+        for row in rows.values()
+        if (row["bed"], row["labels"]) == (bed, labels)
+    }
+    return sorted(
+        (task, seed)
+        for task, seed in wanted
+        if all((bed, task, seed, 0, arm) in rows for arm in WITHOUT_LABELS)
+    )
+
+
+def _of(
+    rows: dict[Key, Row], bed: str, labels: int, cases: Iterable[tuple[str, int]], arm: str
+) -> dict[tuple[str, int], Row]:
+    keys = {case: (bed, *case, labels_of(arm, labels), arm) for case in cases}
+    return {case: rows[key] for case, key in keys.items() if key in rows}
+
+
+def _line(
+    rows: dict[Key, Row], bed: str, labels: int, cases: Sequence[tuple[str, int]], arm: str
+) -> str:
+    own = _of(rows, bed, labels, cases, "own")
+    base = _of(rows, bed, labels, cases, "base")
+    mine = _of(rows, bed, labels, cases, arm)
+    few = arm.replace("gradient", "few") if arm.startswith("gradient") else ""
+    few = few if few in ("few-1", "few-3", "few-10") else "few-10"
+    cells = [
+        arm,
+        str(len(mine)),
+        _interval(mine, base, own),
+        _difference(mine, _of(rows, bed, labels, cases, "forward"), base, own),
+        _difference(mine, _of(rows, bed, labels, cases, few), base, own),
+        _exact(mine),
+        _mean(mine, "rank"),
+        _mean(mine, "tokens"),
+        str(sum(_is_worse(row, base[case]) for case, row in mine.items())),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _interval(mine: dict[Any, Row], base: dict[Any, Row], own: dict[Any, Row]) -> str:
+    """(base - arm) / (base - own), a ratio of means, with a 95 % interval by source."""
+    gains = [base[case]["loss"] - row["loss"] for case, row in mine.items()]
+    return _ratio(mine, gains, base, own)
+
+
+def _difference(
+    mine: dict[Any, Row], other: dict[Any, Row], base: dict[Any, Row], own: dict[Any, Row]
+) -> str:
+    """The same of (other - arm), on the cases that both have; exact match after the comma."""
+    both = {case: row for case, row in mine.items() if case in other}
+    if not both or mine.keys() == other.keys() and all(mine[c] is other[c] for c in mine):
+        return ""
+    told = _ratio(both, [other[c]["loss"] - r["loss"] for c, r in both.items()], base, own)
+    exact = [
+        row["exact"] - other[case]["exact"]
+        for case, row in both.items()
+        if row["exact"] is not None and other[case]["exact"] is not None
+    ]
+    return f"{told}, exact {np.mean(exact):+.2f}" if exact else told
+
+
+def _ratio(
+    mine: dict[Any, Row], gains: Sequence[float], base: dict[Any, Row], own: dict[Any, Row]
+) -> str:
+    if not mine:
+        return ""
+    gaps = [base[case]["loss"] - own[case]["loss"] for case in mine]
+    clusters = ["+".join(row["source"]) for row in mine.values()]
+    if sum(gaps) <= 0:
+        return ""
+    weights = np.array(gaps)
+    if (weights < 0).any():  # an own adapter that is worse than the base: no ratio by bootstrap
+        return f"{sum(gains) / sum(gaps):.3f}"
+    low, mid, high = paired_bootstrap(gains, weights, clusters)
+    return f"{mid:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _exact(mine: dict[Any, Row]) -> str:
+    values = [row["exact"] for row in mine.values() if row["exact"] is not None]
+    return f"{np.mean(values):.3f}" if values else ""
+
+
+def _mean(mine: dict[Any, Row], key: str) -> str:
+    values = [row[key] for row in mine.values() if row.get(key)]
+    return f"{np.mean(values):,.0f}" if values else ""
+
+
+def _is_worse(row: Row, base: Row) -> bool:
+    """Whether its loss is above the base's beyond the paired interval of its items."""
+    gaps = np.array(row["nll"]) - np.array(base["nll"])
+    return paired_bootstrap(gaps, np.array(base["n_tokens"], float))[0] > 0
+
+
+def _stops(
+    rows: dict[Key, Row], bed: str, labels: int, cases: Sequence[tuple[str, int]]
+) -> list[str]:
+    """How early the cross-validated descents stopped."""
+    stopped = _of(rows, bed, labels, cases, "gradient-cv")
+    if not stopped:
+        return []
+    passes = [row["passes"] for row in stopped.values()]
+    return [f"- Cross-validation stopped after {np.mean(passes):.1f} passes on average "
+            f"({min(passes)} to {max(passes)})."]  # fmt: skip
