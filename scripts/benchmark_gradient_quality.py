@@ -10,8 +10,9 @@ For each task, drawn by --seed of the tasks, the bank loses every adapter whose 
 the task's (leave one source out); --labels lines of train.jsonl are what a person would bring, and
 --n-test lines of test.jsonl judge. Every arm ends as a file (or is one), which llama.cpp scores.
 One line of JSON for each (bed, task, seed, labels, arm) is appended to RESULTS; what is there is
-skipped, so an interrupted run goes on where it stopped, inside a descent too: checkpoints lie in
-the cache folder of edgelora until a task is finished. Lines hold numbers only, no texts of tasks.
+skipped, so an interrupted run goes on where it stopped, inside a descent too: checkpoints stay in
+the cache folder of edgelora, and arms of more passes go on with them. Lines hold numbers only, no
+texts of tasks.
 DATA holds `<task>/train.jsonl`, `test.jsonl` and `task.json`. With --peft, the bank is made in
 the cache folder from the PEFT adapters `DATA/<task>/adapter`. --type q8_0 measures a requantised
 copy of the base, which llama.cpp runs faster than Q4_1. --arms "" lists the arms.
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -122,7 +122,8 @@ def measure_one(
         done[key_of(row)] = row
         print(f"  {row['arm']}: {row['loss']} {row['exact']} {row['seconds']} s",
               file=sys.stderr, flush=True)  # fmt: skip
-    shutil.rmtree(folder)
+    for path in folder.glob("*.gguf"):
+        path.unlink()
 
 
 def drawn(bed: Bed, options: argparse.Namespace) -> list[str]:

@@ -45,14 +45,14 @@ class DescentOptions:
     weights: str = "tensor"
     n_passes: int = 10
     batch_size: int = 4
-    step: float = 0.02
+    step: float = 0.03
     penalty: float = 0.0
-    n_folds: int = 4
+    n_folds: int = 2
     seed: int = 0
     objective: str = "loss"
     momentum: float = 0.9
     memory: float = 0.99
-    patience: int = 3
+    patience: int = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ class PolishOptions:
 
     n_passes: int = 10
     batch_size: int = 4
-    step: float = 0.001
+    step: float = 0.002
     penalty: float = 0.0
     seed: int = 0
     momentum: float = 0.9

@@ -20,7 +20,7 @@ from edgelora.engine.context import Context, open_context
 from edgelora.engine.hidden import head_matrix
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import count_tokens
-from edgelora.gradient.checkpoint import fingerprint
+from edgelora.gradient.checkpoint import fingerprint, from_bytes
 from edgelora.gradient.descent import Descended, DescentOptions, descend, rank_adapters
 from edgelora.gradient.polish import PolishOptions, fresh_pairs, polish
 from gradient_quality.bed import Case
@@ -55,9 +55,12 @@ class Bench:
         """A file of this case."""
         return self.folder / re.sub(r"[^\w.=-]", "_", name)
 
-    def state(self, *parts: object) -> Path:
-        """The checkpoint of one descent: arms that differ in their passes only go on with it."""
-        return self.path(f"{fingerprint(*parts)[:16]}.state")
+    def state(self, n_passes: int, *parts: object) -> Path:
+        """The checkpoint of one descent: arms of more passes go on with it, fewer begin anew."""
+        path = self.path(f"{fingerprint(*parts)[:16]}.state")
+        if path.exists() and from_bytes(path.read_bytes()).tally.in_pass - 1 > n_passes:
+            path.unlink()
+        return path
 
 
 Arm = Callable[[Bench], Made]
@@ -152,7 +155,7 @@ def _descended(
         slopes = rank_adapters(case.bed.decoder, case.adapters, case.texts, {})
         positions = sorted(int(i) for i in np.argsort(slopes, kind="stable")[:n_sources])
         n_ranking = 3 * count_tokens(case.texts)
-    state = bench.state("descent", scale, n_sources, replace(chosen, n_passes=0))
+    state = bench.state(chosen.n_passes, "descent", scale, n_sources, replace(chosen, n_passes=0))
     found = descend(
         case.bed.decoder,
         [case.adapters[i] for i in positions],
@@ -194,7 +197,7 @@ def _trained(
     n_tokens: int,
 ) -> Made:
     chosen = PolishOptions(**{"seed": bench.case.seed, **options})
-    state = bench.state(name, replace(chosen, n_passes=0))
+    state = bench.state(chosen.n_passes, name, replace(chosen, n_passes=0))
     found = polish(bench.case.bed.decoder, pairs, bench.case.texts, chosen, checkpoint=state)
     path = bench.path(f"{name}-{chosen.n_passes}.gguf")
     plan = [
