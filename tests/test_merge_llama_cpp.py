@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import json
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,9 @@ import pico
 import pytest
 from numpy.typing import NDArray
 
-from edgelora.adapters.gguf_lora import open_lora
+from edgelora.adapters.gguf_lora import open_lora, write_lora
 from edgelora.adapters.merge import merge_adapters
+from edgelora.adapters.provenance import describe_coefficients, read_coefficients
 from edgelora.errors import AlreadyExists, EdgeLoRAError, IncompatibleAdapter
 from edgelora.files import sha256_of
 
@@ -205,7 +207,13 @@ def test_weights_for_each_tensor_reach_the_file(tmp_path: Path) -> None:
     rows = {name: [1.0, 0.1 * i, 0.0] for i, name in enumerate(names)}
     report = merge_adapters(files, rows, tmp_path / "m.gguf", method="cat", dtype="f32")
     told = json.loads(str(report.record.metadata["edgelora.provenance"]))
-    assert told["coefficients_per_tensor"][names[2]] == [1.0, 0.2]
+    first, second = told["sources"]
+    assert first["coefficient"] == 1.0 and "coefficients" not in first  # the same everywhere
+    mean = 0.1 * (len(names) - 1) / 2
+    assert second["coefficient"] == pytest.approx(mean, rel=1e-5)
+    assert len(second["coefficients"]) < 3 * len(names) + 4
+    (by_tensor,) = read_coefficients(told).values()
+    assert by_tensor == pytest.approx({n: 0.1 * i for i, n in enumerate(names)}, rel=1e-3)
     one, two = open_lora(files[0]), open_lora(files[1])
     for i, pair in enumerate(open_lora(report.path).pairs()):
         dense = [
@@ -214,6 +222,52 @@ def test_weights_for_each_tensor_reach_the_file(tmp_path: Path) -> None:
         np.testing.assert_allclose(
             pair.lora_b @ pair.lora_a, dense[0] + 0.1 * i * dense[1], atol=1e-5
         )
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_weights_for_each_tensor_equal_hot_applied_parts(tmp_path: Path, method: str) -> None:
+    """Each adapter is cut into files of one tensor, which llama.cpp applies at their own scale."""
+    with bench(tmp_path, "llama") as model:
+        adapters = [open_lora(path) for path in three(tmp_path, model.path)]
+        names = list(dict.fromkeys(name for file in adapters for name in file.names))
+        drawn = np.random.default_rng(0).normal(0.3, 0.5, (len(names), 3)).round(3)
+        rows = {name: row.tolist() for name, row in zip(names, drawn, strict=True)}
+        report = merge_adapters(
+            adapters, rows, tmp_path / "merged.gguf", method=method,
+            rank=64 if method == "svd" else "auto", dtype="f32",
+        )  # fmt: skip
+        parts = []
+        for i, file in enumerate(adapters):
+            for name in file.names:
+                path = tmp_path / f"{i}-{name}.gguf"
+                write_lora(
+                    path, [file.plan[name]], [file.pair(name)], architecture="llama", alpha=None,
+                    dtype="f32",
+                )  # fmt: skip
+                parts.append((path, rows[name][i]))
+        hot = model.logits(parts)
+        merged = model.logits([(report.path, 1.0)])
+        assert np.abs(merged - hot).max() < 1e-3 * (hot.max() - hot.min())
+        means = [(file.path, float(drawn[:, i].mean())) for i, file in enumerate(adapters)]
+        assert np.abs(model.logits(means) - hot).max() > 0.05 * (hot.max() - hot.min())
+
+
+@pytest.mark.parametrize(
+    "damage", ["x", "AAAA", "****", base64.b64encode(b"\x00\x7c" * 2).decode(), 7, None]
+)
+def test_coefficients_that_cannot_be_read_are_left_out(damage: object) -> None:
+    """Cut, not base64, infinite, not a text: a file of a stranger may hold anything."""
+    tensors = {"a": {}, "b": {}}
+    sources = [{"name": "x", "coefficients": damage}, "no source"]
+    assert read_coefficients({"tensors": tensors, "sources": sources}) == {}
+    assert read_coefficients({"tensors": [], "sources": sources}) == {}
+    assert read_coefficients({}) == {}
+
+
+def test_a_coefficient_beyond_float16_is_kept_as_its_largest() -> None:
+    told = describe_coefficients([1e9, 0.5], ["a", "b"], ["a", "b"])
+    read = read_coefficients({"tensors": {"a": {}, "b": {}}, "sources": [{"name": "x"} | told]})
+    assert read == {"x": {"a": 65504.0, "b": 0.5}}
 
 
 def test_bad_merges_leave_nothing(tmp_path: Path) -> None:

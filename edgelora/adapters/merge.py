@@ -13,6 +13,7 @@ from edgelora import __version__
 from edgelora.adapters.combine import AUTO, Coefficients, Combination, TensorReport, combine
 from edgelora.adapters.gguf_lora import AdapterRecord, LoraFile, Scalar, open_lora, write_lora
 from edgelora.adapters.lora import LoraPair
+from edgelora.adapters.provenance import describe_coefficients
 from edgelora.errors import EdgeLoRAError, IncompatibleAdapter
 from edgelora.files import publish
 
@@ -87,7 +88,8 @@ def merge_adapters(
 
     Args:
         coefficients, method, rank, scale: see combine.combine. A source with coefficient 0
-            everywhere is dropped, from the provenance too.
+            everywhere is dropped, from the provenance too, which holds those for each tensor
+            rounded to float16 (see provenance.describe_coefficients).
         dtype: f16, f32, bf16, or q8_0 where every rank is a multiple of 32.
         metadata: `edgelora.*` entries that replace those derived from the sources.
         provenance: what the caller knows (distance, operator, seed, budget ...), JSON values; it
@@ -216,7 +218,7 @@ def _provenance(
     scale: float,
     facts: Mapping[str, Scalar],
 ) -> dict[str, object]:
-    per_tensor = isinstance(coefficients, Mapping)
+    names = [report.name for report in combination.reports]
     return {
         "tool": TOOL,
         "method": method,
@@ -228,11 +230,10 @@ def _provenance(
                 "sha256": file.sha256,
                 "licence": file.metadata.get("edgelora.licence"),
                 "source": file.metadata.get("edgelora.source"),
-                "coefficient": None if isinstance(coefficients, Mapping) else coefficients[index],
             }
+            | describe_coefficients(_column(coefficients, names, index), names, file.plan)
             for index, file in enumerate(files)
         ],
-        "coefficients_per_tensor": coefficients if per_tensor else None,
         "error": _rounded(combination.error),
         "tensors": {
             report.name: {"rank": report.rank, "error": _rounded(report.error)}
@@ -242,6 +243,13 @@ def _provenance(
         "base": facts.get(f"{BASE_PREFIX}id"),
         "template": facts.get("edgelora.template"),
     }
+
+
+def _column(coefficients: Coefficients, names: Sequence[str], index: int) -> list[float]:
+    """The coefficients of one source, for each tensor."""
+    if isinstance(coefficients, Mapping):
+        return [coefficients[name][index] for name in names]
+    return [coefficients[index]] * len(names)
 
 
 def _rounded(value: float) -> float:

@@ -110,9 +110,14 @@ def _show_sources(provenance: Mapping[str, Any]) -> None:
         return
     numbers = [_number(source.get("coefficient")) for source in sources]
     if None in numbers:
-        console.show("coefficients: one for each tensor and source (--json has them all)")
+        console.show("coefficients: not recorded")
     else:
-        console.show("coefficients:")
+        is_mean = any("coefficients" in source for source in sources)
+        console.show(
+            "coefficients, means over the tensors (--json has each):"
+            if is_mean
+            else "coefficients:"
+        )
         known = [number for number in numbers if number is not None]
         names = [str(source.get("name")) for source in sources]
         console.out.print(coefficients_chart(names, known))
@@ -146,7 +151,7 @@ def _number(value: object) -> float | None:
 
 
 def _as_json(lora: LoraFile, provenance: Mapping[str, Any]) -> dict[str, object]:
-    from edgelora.adapters.provenance import PROVENANCE_KEY, is_plain
+    from edgelora.adapters.provenance import PROVENANCE_KEY, is_plain, read_coefficients
 
     ranks: Sequence[int] = [lora.rank(name) for name in lora.names]
     metadata = {
@@ -162,4 +167,5 @@ def _as_json(lora: LoraFile, provenance: Mapping[str, Any]) -> dict[str, object]
         "tensors": dict(zip(lora.names, ranks, strict=True)),
         "metadata": metadata,
         "provenance": dict(provenance),
+        "coefficients_by_tensor": read_coefficients(provenance),
     }
