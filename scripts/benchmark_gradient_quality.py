@@ -15,7 +15,9 @@ the cache folder of edgelora, and arms of more passes go on with them. Lines hol
 texts of tasks.
 DATA holds `<task>/train.jsonl`, `test.jsonl` and `task.json`. With --peft, the bank is made in
 the cache folder from the PEFT adapters `DATA/<task>/adapter`. --type q8_0 measures a requantised
-copy of the base, which llama.cpp runs faster than Q4_1. --arms "" lists the arms.
+copy of the base, which llama.cpp runs faster than Q4_1. Arms may carry settings, e.g.
+--arms "gradient-3 step=0.1 batch_size=0" "gradient-10 rank=cat"; gradient_quality/arms.py lists
+them.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import random
 import sys
 from pathlib import Path
 
-from gradient_quality.arms import ARMS, DEFAULT_ARMS
+from gradient_quality.arms import DEFAULT_ARMS, parse_arm
 from gradient_quality.bed import Bed, make_bank, make_case, open_bed
 from gradient_quality.measuring import (
     Key,
@@ -46,9 +48,6 @@ from edgelora.files import publish
 def main() -> None:
     """Measure what is missing, task by task, then print the tables."""
     options = parse()
-    if options.arms == [""]:
-        print("\n".join(ARMS))
-        return
     done = read_results(options.results)
     if not options.report:
         measure(options, done)
@@ -74,8 +73,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--exact", action="store_true", help="generate answers too")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    if unknown := set(options.arms) - {*ARMS, ""}:
-        parser.error(f"no arms {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    try:
+        for arm in options.arms:
+            parse_arm(arm)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
@@ -113,7 +115,7 @@ def measure_one(
         case,
         missing,
         folder,
-        exact=lambda arm: options.exact,
+        exact=options.exact,
         n_labels=labels,
         facts=facts,
     )

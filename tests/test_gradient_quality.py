@@ -90,8 +90,22 @@ def test_the_task_s_source_is_hidden(bed: Path, tmp_path: Path, parts: Any) -> N
 
 
 def test_an_unknown_arm_is_refused(bed: Path, tmp_path: Path) -> None:
-    done = run(bed, tmp_path / "r.jsonl", "--arms", "gradient-2")
-    assert done.returncode == 2 and "no arms gradient-2" in done.stderr
+    done = run(bed, tmp_path / "r.jsonl", "--arms", "guess")
+    assert done.returncode == 2 and "no arm 'guess'" in done.stderr
+
+
+def test_settings_of_an_arm(parts: Any) -> None:
+    parse = parts["arms"].parse_arm
+    arm = parse("gradient-3 step=0.1 batch_size=0 weights=layer rank=cat scale=0")
+    assert arm.keywords == {
+        "n_passes": 3, "n_folds": 0, "step": 0.1, "batch_size": 0, "weights": "layer",
+        "rank": "cat", "scale": 0,
+    }  # fmt: skip
+    assert parse("gradient-cv n_folds=4").keywords == {"n_folds": 4}
+    assert parse("polish-3").keywords == {"n_first": 3, "n_passes": 7}
+    for wrong in ("gradient", "gradient-x", "few-cv", "base rank=3", "few-3 weights=layer"):
+        with pytest.raises(ValueError, match="no (arm|setting)"):
+            parse(wrong)
 
 
 def line(task: str, arm: str, loss: float, **more: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -230,35 +230,65 @@ def _rounded(values: tuple[float, ...]) -> list[float]:
     return [round(value, 5) for value in values]
 
 
-_PASSES = (1, 3, 10)
+def parse_arm(name: str) -> Arm:
+    """An arm by the name that its lines of results carry: a head, and settings after it.
 
-# Every arm by the name that its lines of results carry.
-ARMS: dict[str, Arm] = {
+    Heads: base, own, mean, forward; gradient-N and few-N for N passes on coefficients, or on a LoRA
+    from scratch; gradient-cv, stopped by cross-validation; polish-N, N passes on coefficients and
+    then as many on the factors as are left of 10. Settings are key=value: for gradient scale,
+    n_sources and rank (see make_gradient) and the fields of DescentOptions; for few and polish
+    rank and those of PolishOptions.
+
+    Raises:
+        ValueError: an unknown head or setting.
+
+    Example:
+        >>> parse_arm("gradient-3 step=0.1 weights=layer rank=cat").keywords["step"]
+        0.1
+    """
+    head, *words = name.split()
+    settings = {key: _value(text) for key, _, text in (word.partition("=") for word in words)}
+    kind, _, n = head.partition("-")
+    if head in _PLAIN and not settings:
+        return _PLAIN[head]
+    if kind not in _TAKES or not (n.isdecimal() or head == "gradient-cv"):
+        raise ValueError(f"no arm {name!r}: {', '.join(_PLAIN)}, gradient-N, gradient-cv, few-N, "
+                         "polish-N, with settings after all but the first four")  # fmt: skip
+    if unknown := settings.keys() - _TAKES[kind]:
+        raise ValueError(f"{name!r}: no setting {', '.join(sorted(unknown))}")
+    if kind == "polish":
+        return partial(make_polished, n_first=int(n), n_passes=10 - int(n), **settings)
+    if kind == "few":
+        return partial(make_few, n_passes=int(n), **settings)
+    passes = {} if head == "gradient-cv" else {"n_passes": int(n), "n_folds": 0}
+    return partial(make_gradient, **passes, **settings)
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _fields(record: type) -> set[str]:
+    return {f.name for f in fields(record)}
+
+
+_PLAIN: dict[str, Arm] = {
     "base": make_base,
     "own": make_own,
     "mean": make_mean,
     "forward": make_forward,
-    **{f"gradient-{n}": partial(make_gradient, n_passes=n, n_folds=0) for n in _PASSES},
-    "gradient-cv": make_gradient,
-    **{f"few-{n}": partial(make_few, n_passes=n) for n in _PASSES},
-    **{f"polish-{n}": partial(make_polished, n_first=n, n_passes=10 - n) for n in (1, 3, 5)},
-    **{
-        f"gradient-10 {weights}": partial(make_gradient, n_passes=10, n_folds=0, weights=weights)
-        for weights in ("layer", "adapter")
-    },
-    **{
-        f"gradient-10 {objective}": partial(
-            make_gradient, n_passes=10, n_folds=0, objective=objective
-        )
-        for objective in ("prompts", "entropy")
-    },
-    **{
-        f"gradient-10 rank {rank}": partial(make_gradient, n_passes=10, n_folds=0, rank=rank)
-        for rank in (8, 16, 32, 64, "cat")
-    },
-    **{
-        f"gradient-10 of {n}": partial(make_gradient, n_passes=10, n_folds=0, n_sources=n)
-        for n in (8, 16)
-    },
 }
-DEFAULT_ARMS = [name for name in ARMS if " " not in name and not name.startswith("polish")]
+_TAKES = {
+    "gradient": {"scale", "n_sources", "rank"} | _fields(DescentOptions),
+    "few": {"rank"} | _fields(PolishOptions),
+    "polish": {"rank"} | _fields(PolishOptions),
+}
+DEFAULT_ARMS = [
+    *_PLAIN,
+    *("gradient-1", "gradient-3", "gradient-10", "gradient-cv", "few-1", "few-3", "few-10"),
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from edgelora import metrics
 from edgelora.engine.context import open_context
 from edgelora.engine.score import Score, mean_loss, score
 from edgelora.evaluate import references
-from gradient_quality.arms import ARMS, Bench, Made
+from gradient_quality.arms import Bench, Made, parse_arm
 from gradient_quality.bed import Case
 
 # Arms that do not depend on the number of labels are measured once.
@@ -36,14 +36,14 @@ def measure_case(
     arms: Sequence[str],
     folder: Path,
     *,
-    exact: Callable[[str], bool],
+    exact: bool,
     n_labels: int,
     facts: Row,
 ) -> Iterator[Row]:
     """A line of results for each arm, as it is finished.
 
     Args:
-        exact: whether answers are generated for an arm.
+        exact: whether answers are generated.
         folder: of this case only; kept, it lets a descent go on where it was stopped.
         facts: what every line says besides.
     """
@@ -52,9 +52,9 @@ def measure_case(
         bench = Bench(case, context, folder)
         for arm in arms:
             started = time.monotonic()
-            made = ARMS[arm](bench)
+            made = parse_arm(arm)(bench)
             made_s = time.monotonic() - started
-            scores = _score(bench, made, exact(arm))
+            scores = _score(bench, made, exact)
             yield {
                 "bed": case.bed.name,
                 "task": case.task,
@@ -63,7 +63,7 @@ def measure_case(
                 "labels": labels_of(arm, n_labels),
                 "arm": arm,
                 "loss": round(mean_loss(scores), 5),
-                "exact": _exact_match(case, scores) if exact(arm) else None,
+                "exact": _exact_match(case, scores) if exact else None,
                 "nll": [round(s.nll, 4) for s in scores],
                 "n_tokens": [s.n_tokens for s in scores],
                 "tokens": made.n_tokens,
