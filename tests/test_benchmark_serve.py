@@ -160,8 +160,9 @@ def test_peers_are_asked_for_the_same(peer_port: int, streamed: bool) -> None:
     assert Peer.asked["prompt"] == [1, 7, 8] and Peer.asked["n_predict"] == 2
     assert Peer.asked["ignore_eos"] is True and Peer.asked["cache_prompt"] is False
     assert (answer.n_prompt, answer.n_generated, answer.n_cached) == (8, 2, 3)
-    answer = clients.ask_once(peer_port, clients.LlamaCppPython(), ask)
+    answer = clients.ask_once(peer_port, clients.LlamaCppPython(2), ask)
     assert Peer.asked["prompt"] == "1 2" and Peer.asked["temperature"] == 0
+    assert Peer.asked["logit_bias"] == {"2": -100}
     assert answer.n_generated == 2 and len(answer.at) == (2 if streamed else 1)
 
 

@@ -110,14 +110,22 @@ class LlamaServer:
         answer.n_cached = events[-1]["timings"].get("cache_n", 0)
 
 
+@dataclass(frozen=True)
 class LlamaCppPython:
-    """/v1/completions of llama_cpp.server: text only, one answer at a time."""
+    """/v1/completions of llama_cpp.server: text only, one answer at a time.
+
+    Attributes:
+        eos: the token that ends an answer; it is never drawn, so that answers are of one length.
+    """
+
+    eos: int
 
     path = "/v1/completions"
 
     def request(self, ask: Ask) -> Body:
         """The body of one request."""
         body: Body = {"prompt": ask.prompt.text, "max_tokens": ask.n_tokens}
+        body["logit_bias"] = {str(self.eos): -100}
         return body | {"temperature": 0.0, "stream": ask.streamed}
 
     def text(self, event: Body) -> str:

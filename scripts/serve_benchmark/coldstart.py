@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from serve_benchmark import servers
@@ -13,9 +14,10 @@ LARGE = "mistral-7b"
 PIECE = 64 << 20
 
 
-def run(run: Run) -> list[Row]:
+def run(run: Run) -> Iterator[Row]:
     """SmolLM2 with an adapter to its first token; a 4 GB file until it is ready."""
-    return [_first_token(run, run.models[0]), _ready(run)]
+    yield _first_token(run, run.models[0])
+    yield _ready(run)
 
 
 def _first_token(run: Run, model: Model) -> Row:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,15 @@ class Verdict:
         return self.worst <= TOLERANCE and (self.lead is None or self.lead <= TOLERANCE)
 
 
-def run(run: Run) -> list[Row]:
+def run(run: Run) -> Iterator[Row]:
     """SmolLM2 with F32 weights and KV, where 1e-3 tells a leak from rounding; then as it ships."""
     small = run.models[0]
     exact = run.folder / "smollm2-f32.gguf"
     if not exact.is_file():
         quantize(small.path, exact, "f32")
     twin = Model("SmolLM2-135M F32, KV f32", exact, small.sources, small.combined, small.rank)
-    return [_model(run, twin, "f32"), _model(run, small, "f16")]
+    yield _model(run, twin, "f32")
+    yield _model(run, small, "f16")
 
 
 def adapter_sets(model: Model) -> list[Weights]:

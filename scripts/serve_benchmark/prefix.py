@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+from collections.abc import Iterator
 
 from serve_benchmark import servers
 from serve_benchmark.clients import Ask, ask_once
@@ -12,9 +13,9 @@ from serve_benchmark.facts import Model, Row, Run, say, spread, target
 N_PREFIX, N_OWN = 1000, 8
 
 
-def run(run: Run) -> list[Row]:
+def run(run: Run) -> Iterator[Row]:
     """One row for each model."""
-    return [_model(run, model) for model in run.models]
+    yield from (_model(run, model) for model in run.models)
 
 
 def _model(run: Run, model: Model) -> Row:

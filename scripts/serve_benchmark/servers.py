@@ -18,6 +18,7 @@ from typing import IO
 
 from build_peers import Peers
 
+from edgelora.gguf_file import open_gguf
 from serve_benchmark.clients import LlamaCppPython, LlamaServer, OpenAI, Protocol, get
 
 START_S = 180
@@ -90,7 +91,8 @@ def llama_cpp_server(peers: Peers, setting: Setting) -> Iterator[Running]:
     command = [str(peers.python), "-m", "llama_cpp.server", "--host", "127.0.0.1"]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    with _server("llama_cpp.server", command, LlamaCppPython(), "/v1/models") as running:
+    protocol = LlamaCppPython(int(open_gguf(setting.base).metadata["tokenizer.ggml.eos_token_id"]))
+    with _server("llama_cpp.server", command, protocol, "/v1/models") as running:
         yield running
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from build_peers import Peers
@@ -27,9 +27,9 @@ Sets = Mapping[str, tuple[tuple[str, float], ...]]
 LEAST_MS = 1e-3  # a cost that drowns in the noise is not 0 or less
 
 
-def run(run: Run) -> list[Row]:
+def run(run: Run) -> Iterator[Row]:
     """One row for each model."""
-    return [_model(run, model) for model in run.models]
+    yield from (_model(run, model) for model in run.models)
 
 
 @dataclass
