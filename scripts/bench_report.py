@@ -75,7 +75,13 @@ def _parallel(row: Measured) -> str:
 
 def _single(row: Measured) -> str:
     lines = [
-        [system["system"], _adapter(system), _speed(system["decode"])] for system in row["systems"]
+        [
+            system["system"],
+            _adapter(system),
+            _speed(system["decode"]),
+            _speed(system.get("streamed")),
+        ]
+        for system in row["systems"]
     ]
     shape = f"{row['n_tokens']} tokens after {row['n_prompt']}; tokens a second while decoding"
     costs = ", ".join(f"{name}: {value:.2f} ms" for name, value in row["cost_ms"].items())
@@ -84,7 +90,7 @@ def _single(row: Measured) -> str:
         f"A token of ours: {used['decode']:.0f} µs in llama_decode, {used['sample']:.0f} µs in "
         f"llama.cpp's samplers, {used['python']:.0f} µs of Python. Added to each token: {costs}."
     )
-    return _section(row, shape, ["system", "adapter", "decode"], lines, spent)
+    return _section(row, shape, ["system", "adapter", "whole", "streamed"], lines, spent)
 
 
 def _prefix(row: Measured) -> str:
