@@ -65,7 +65,9 @@ def test_json_is_all_of_stdout(world: World, tmp_path: Path) -> None:
     assert set(told) == {
         "out", "chosen", "coefficients", "distances", "losses_alone", "support_losses",
         "selection_losses", "judged", "rank", "relative_error", "n_tokens", "elapsed_s", "warnings",
+        "refined", "trained",
     }  # fmt: skip
+    assert told["refined"] is None and told["trained"] is None
     assert told["out"] == str(out) and told["n_tokens"] <= 12_000
     assert set(told["losses_alone"]) == {f"adapter{i}" for i in range(builds.N_ADAPTERS)}
     assert told["chosen"] in told["selection_losses"]
@@ -104,6 +106,10 @@ def test_exit_codes_say_what_happened(world: World, tmp_path: Path) -> None:
 def test_each_operator_by_name(operator: str, world: World, tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
     result = run(*words(world, world.helped, out, "--operator", operator, "--budget", 9_000, "-q"))
+    if operator == "none":
+        assert result.exit_code == 1 and "combines nothing" in result.stderr
+        assert "--polish" in result.stderr and not out.exists()
+        return
     if operator == "neural":
         assert result.exit_code == 1 and "no neural head for the distance" in result.stderr
         assert not out.exists()
@@ -128,6 +134,10 @@ def test_a_distance_by_name(distance: str, world: World, tmp_path: Path) -> None
         ("--combine", "magic", "svd"),
         ("--rank", "0", "auto"),
         ("--budget", "0", "1"),
+        ("--refine", "magic", "gradient"),
+        ("--weights", "magic", "layer"),
+        ("--objective", "magic", "entropy"),
+        ("--passes", "0", "1"),
     ],
 )
 def test_a_bad_choice_is_a_usage_error_that_lists_the_good_ones(
@@ -190,6 +200,78 @@ def test_ctrl_c_leaves_nothing_half_written(world: World, tmp_path: Path) -> Non
         assert not process.stdout.read()
     assert out.read_bytes() == b"old" and [p.name for p in out.parent.iterdir()] == [out.name]
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_gradients_are_planned_followed_and_shown(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    result = run(*words(world, world.helped, out, "--refine", "gradient", "--passes", 2))
+    assert result.exit_code == 0, result.output
+    said = result.stderr
+    assert "0 of 4 adapters measured on 16 examples" in said
+    assert "gradients: at most 2 pass(es) on coefficients in 2 folds, 16 examples (" in said
+    assert "of the tokens (a gradient pass counts three)" in said and "memory about" in said
+    assert "at most 120,000 (--budget)" in said
+    assert "coefficients, start: held out" in said
+    for n in (1, 2):
+        assert f"coefficients, pass {n} of 2: support" in said
+    shown = result.stdout
+    assert "gradient" in shown and "steepest slopes at the base, of 4 adapters: " in shown
+    assert "nearest by embedding, with their place by slope: " in shown and "4 in both" in shown
+    assert not list(tmp_path.glob("*.refine"))
+
+
+def test_json_tells_of_gradients(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    line = words(world, world.helped, out, "--refine", "gradient", "--passes", 1, "--polish", 1,
+                 "--weights", "layer", "--json", "-q")  # fmt: skip
+    told = json.loads(run(*line).stdout)
+    assert told["refined"]["weights"] == "layer" and told["refined"]["n_passes"] in (0, 1)
+    assert len(told["refined"]["support_losses"]) == 1
+    assert len(told["refined"]["held_out_losses"]) == 2
+    assert set(told["refined"]["slopes"]) == {f"adapter{i}" for i in range(builds.N_ADAPTERS)}
+    assert told["trained"]["n_passes"] == 1 and told["trained"]["n_examples"] == 16
+    assert told["trained"]["start"] in told["support_losses"]
+    assert {"gradient", f"{told['trained']['start']}, polished"} <= set(told["selection_losses"])
+
+
+def test_without_completions_the_objective_is_said(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    line = words(world, world.unanswered, out, "--refine", "gradient", "--passes", 1)
+    result = run(*line, "--objective", "entropy")
+    assert result.exit_code == 0, result.output
+    assert "the entropy of the first answer token, and nothing measures" in result.stderr
+    assert "nats a token; difference" not in result.stdout and "written: gradient" in result.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
+def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on(
+    world: World, tmp_path: Path
+) -> None:
+    """Nobody is at a terminal, so nothing is written; the second run starts where it was."""
+    out = tmp_path / "out" / "a.gguf"
+    lines = [json.loads(line) for line in world.helped.read_text().splitlines()]
+    prompts = [line["prompt"] + " in the house" * 40 for line in lines]
+    data = builds.write_lines(
+        tmp_path / "long.jsonl", prompts, [line["completion"] for line in lines]
+    )
+    line = words(world, data, out, "--refine", "gradient", "--passes", 4, "--budget", 10**9)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgelora", *map(str, line)], stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stderr is not None
+        said = ""
+        while "pass 1 of" not in said and process.poll() is None:
+            said += process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        said += process.stderr.read()
+        assert process.wait(60) == 130, said
+    assert "keeps the gradient steps made so far; the same command goes on" in said
+    assert [p.name for p in out.parent.iterdir()] == ["a.gguf.refine"]
+    result = run(*line)
+    assert result.exit_code == 0, result.output
+    assert "coefficients, start" not in result.stderr and "pass 1 of" not in result.stderr
+    assert out.is_file() and not list(out.parent.glob("*.refine"))
 
 
 def test_the_demo_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

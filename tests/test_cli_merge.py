@@ -13,6 +13,7 @@ from cli_runner import run
 
 from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import open_lora
+from edgelora.adapters.merge import merge_adapters
 from edgelora.cli.merge import parse_weighted
 
 
@@ -135,6 +136,24 @@ def test_show_tells_how_it_was_made(folder: Path, tmp_path: Path) -> None:
     record = json.loads(run("show", out, "--json").stdout)
     assert [s["coefficient"] for s in record["provenance"]["sources"]] == [0.7, -0.3]
     assert 0 < record["provenance"]["error"] < 1 and set(record["tensors"].values()) == {4}
+
+
+def test_show_gives_means_of_coefficients_for_each_tensor(folder: Path, tmp_path: Path) -> None:
+    files = [open_lora(folder / f"{name}.gguf") for name in "ab"]
+    names = list(dict.fromkeys(name for file in files for name in file.names))
+    rows = {name: [0.25 * i, 0.5] for i, name in enumerate(names)}
+    out = tmp_path / "c.gguf"
+    told = {"refined": {"by": "gradient", "passes": 3}}
+    merge_adapters(files, rows, out, provenance=told)
+    shown = run("show", out)
+    assert shown.exit_code == 0, shown.output
+    own = [0.25 * i for i, name in enumerate(names) if name in files[0].plan]
+    assert f"a  {sum(own) / len(own):+.3f}" in shown.stdout and "b  +0.500" in shown.stdout
+    assert "coefficients, means over the tensors" in shown.stdout and "█" in shown.stdout
+    assert "by gradient, passes 3" in shown.stdout
+    record = json.loads(run("show", out, "--json").stdout)
+    by_tensor = record["coefficients_by_tensor"]
+    assert by_tensor == {"a": {name: 0.25 * i for i, name in enumerate(names)}}
 
 
 def test_show_takes_an_adapter_without_provenance(folder: Path, tmp_path: Path) -> None:

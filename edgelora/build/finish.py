@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edgelora.adapters.merge import MergeReport, merge_adapters
+from edgelora.adapters.gguf_lora import Scalar, open_lora
+from edgelora.adapters.merge import (
+    BASE_PREFIX,
+    FORMAT_VERSION,
+    TOOL,
+    MergeReport,
+    merge_adapters,
+)
 from edgelora.bank.records import signature_path
 from edgelora.build.proposals import Nearness
 from edgelora.build.records import Judgement
@@ -19,34 +28,96 @@ from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import mean_loss, paired_interval, score
 from edgelora.errors import NoImprovement
 from edgelora.files import write_atomic
+from edgelora.operators.arbiter import Candidate
+
+Array = NDArray[np.float64]
 
 
-def write_trial(work: Work, trial: Trial, nearness: Nearness | None, path: Path) -> MergeReport:
-    """Combine a trial's adapters as the options ask, with all that tells how it was made."""
+def write_trial(
+    work: Work, trial: Trial, nearness: Nearness | None, path: Path
+) -> MergeReport | None:
+    """A trial as a file that tells how it was made; one that is final already is copied."""
+    if trial.is_final:
+        shutil.copyfile(trial.path, path)
+        return trial.merge
+    return write_combination(work, trial.candidate, nearness, path)
+
+
+def write_combination(
+    work: Work,
+    candidate: Candidate,
+    nearness: Nearness | None,
+    path: Path,
+    *,
+    by_tensor: Mapping[str, Array] | None = None,
+    told: Mapping[str, object] | None = None,
+) -> MergeReport:
+    """Combine a candidate's adapters as the options ask, with all that tells how it was made.
+
+    Args:
+        by_tensor: coefficients (k,) for each tensor in place of the candidate's own.
+        told: what joins the provenance.
+
+    Raises:
+        EdgeLoRAError: every coefficient is zero.
+    """
     options, pool = work.options, work.pool
-    used = np.flatnonzero(trial.candidate.coefficients)
-    coefficients = trial.candidate.coefficients[used] * trial.candidate.scale
-    provenance: dict[str, object] = {
-        "operator": trial.candidate.name,
+    rows = by_tensor or {"": candidate.coefficients * candidate.scale}
+    used = np.flatnonzero(np.any(list(rows.values()), axis=0))
+    paths = [pool.paths[i] for i in used]
+    kept = {name: [float(c) for c in row[used]] for name, row in rows.items()}
+    coefficients = _own_tensors(kept, paths) if by_tensor else kept[""]
+    return merge_adapters(
+        paths,
+        coefficients,
+        path,
+        method=options.combine,
+        rank=options.rank,
+        dtype=options.dtype,
+        metadata={"edgelora.template": work.template.key, "edgelora.name": work.out.stem},
+        provenance=_account(work, candidate, used.tolist(), nearness) | dict(told or {}),
+    )
+
+
+def own_facts(work: Work) -> dict[str, Scalar]:
+    """The metadata of an adapter that inherits none."""
+    identity = work.model.base.identity
+    return {
+        "edgelora.format_version": FORMAT_VERSION,
+        "edgelora.name": work.out.stem,
+        "edgelora.template": work.template.key,
+        f"{BASE_PREFIX}id": identity.id,
+        f"{BASE_PREFIX}architecture": identity.architecture,
+        f"{BASE_PREFIX}shapes": identity.shapes,
+        f"{BASE_PREFIX}tokenizer": identity.tokenizer,
+        f"{BASE_PREFIX}norms": identity.norms,
+        "edgelora.created_by": TOOL,
+    }
+
+
+def _own_tensors(
+    rows: Mapping[str, list[float]], paths: Sequence[Path]
+) -> Mapping[str, list[float]]:
+    """Without the tensors that none of these adapters updates."""
+    names = {name for path in paths for name in open_lora(path).plan}
+    return {name: row for name, row in rows.items() if name in names}
+
+
+def _account(
+    work: Work, candidate: Candidate, used: Sequence[int], nearness: Nearness | None
+) -> dict[str, object]:
+    options, names = work.options, work.pool.names
+    return {
+        "operator": candidate.name,
         "distance": options.distance if nearness else "",
         "distances": {
-            pool.names[i]: round(float(nearness.distances[i]), 6)
+            names[i]: round(float(nearness.distances[i]), 6)
             for i in used
             if nearness and np.isfinite(nearness.distances[i])
         },
         "seed": options.seed,
         "budget_tokens": options.budget_tokens,
     }
-    return merge_adapters(
-        [pool.paths[i] for i in used],
-        [float(c) for c in coefficients],
-        path,
-        method=options.combine,
-        rank=options.rank,
-        dtype=options.dtype,
-        metadata={"edgelora.template": work.template.key, "edgelora.name": work.out.stem},
-        provenance=provenance,
-    )
 
 
 def keep_signature(work: Work, nearness: Nearness | None) -> None:

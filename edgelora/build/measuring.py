@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from edgelora.build.gradients import sampled
 from edgelora.build.proposals import (
     Measured,
     Nearness,
-    count_proposals,
+    count_candidates,
     find_nearness,
     losses_of,
     measure_alone,
@@ -19,6 +20,7 @@ from edgelora.build.proposals import (
     shortlist,
 )
 from edgelora.build.records import Plan
+from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import Parts, Work
 from edgelora.datasets.records import Example
 from edgelora.datasets.split import Split
@@ -30,7 +32,6 @@ from edgelora.summarise import DEFAULT_N_EMBEDDED, count_embedded_tokens, sample
 
 _SHARE_FOR_EMBEDDING = 0.4
 _SHARE_FOR_ADAPTERS = 0.65
-_TRIES_A_CANDIDATE = 3
 _EMBEDDING = "embedding your examples"
 
 
@@ -51,8 +52,10 @@ def measure_parts(
         nearness = embed_and_compare(work, context, split.support, _SHARE_FOR_EMBEDDING)
         share = int(_SHARE_FOR_ADAPTERS * work.budget.left)
         positions, shown = shortlist(pool, parts.support, nearness, share)
-        if not needs_losses(work.options.operator):
+        if not needs_losses(work.options):
             positions = []
+        if work.gradient is not None:  # all that gradients learn from, so that losses compare
+            shown = sampled(parts.support, work.options.seed)
         work.spend(
             (1 + len(positions)) * count_tokens(shown),
             f"measuring {len(positions)} adapter(s) on {len(shown)} examples",
@@ -117,6 +120,7 @@ def plan_unmeasured(work: Work, n_examples: int) -> Plan:
         n_tokens=work.budget.n_used,
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=math.nan,
+        gradient=work.gradient,
     )
 
 
@@ -166,8 +170,7 @@ def _counting(work: Work, n_texts: int) -> Callable[[int], None]:
 def _plan(
     work: Work, split: Split, n_measured: int, shown: Sequence[TokenisedExample], speed: float
 ) -> Plan:
-    n_candidates = count_proposals(work.options.operator, bool(work.pool.signed))
-    n_tries = n_candidates * _TRIES_A_CANDIDATE
+    n_tries = count_candidates(work.options, bool(work.pool.signed)) * TRIES_A_CANDIDATE
     return Plan(
         n_support=len(split.support),
         n_selection=len(split.selection),
@@ -178,4 +181,5 @@ def _plan(
         n_tokens=work.budget.n_used + min(n_tries * count_tokens(shown), work.budget.left),
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=speed,
+        gradient=work.gradient,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.build.pool import Pool
+from edgelora.build.records import Options
 from edgelora.datasets.records import Example
 from edgelora.embedding_cache import open_cache
 from edgelora.engine.context import Context
@@ -30,7 +31,8 @@ Array = NDArray[np.float64]
 Proposal = tuple[str, Array]
 
 PENALTIES = (5.0, 1.0)
-OPERATOR_NAMES = ("auto", "mixture", "surrogate", *OPERATORS)
+NONE = "none"
+OPERATOR_NAMES = ("auto", NONE, "mixture", "surrogate", *OPERATORS)
 _LOSS_TEMPERATURE = 1.0
 _MIN_SHOWN = 6
 
@@ -162,24 +164,27 @@ def propose(
     return [p for name in names for p in _named(name, pool, nearness, measured)]
 
 
-def count_proposals(operator: str, has_nearness: bool) -> int:
-    """How many candidates `propose` makes where losses are measured."""
-    names = _expand(operator, has_nearness, True)
-    return sum(len(PENALTIES) if name == "surrogate" else 1 for name in names)
+def count_candidates(options: Options, has_nearness: bool) -> int:
+    """How many candidates a build compares where losses can be measured."""
+    names = _expand(options.operator, has_nearness, needs_losses(options))
+    n_proposals = sum(len(PENALTIES) if name == "surrogate" else 1 for name in names)
+    return n_proposals + (options.refine == "gradient") + (options.polish > 0)
 
 
 def _expand(operator: str, has_nearness: bool, is_measured: bool) -> list[str]:
     """The operators that an operator's name stands for: several for auto."""
     if operator != "auto":
-        return [operator]
+        return [] if operator == NONE else [operator]
     names = ["uniform"]
     names += ["nearest", "mixture"] if has_nearness else []
     return names + (["least loss", "gibbs", "surrogate"] if is_measured else [])
 
 
-def needs_losses(operator: str) -> bool:
-    """Whether an operator uses the losses of single adapters; else none needs to be measured."""
-    return operator == "auto" or operator in ON_LOSSES
+def needs_losses(options: Options) -> bool:
+    """Whether the losses of single adapters are used; else none needs to be measured."""
+    if options.operator == "auto":
+        return options.refine == "forward"
+    return options.operator in ON_LOSSES
 
 
 def _named(

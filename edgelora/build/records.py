@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from edgelora.adapters.merge import MergeReport
 from edgelora.operators.arbiter import Verdict
 
 DEFAULT_BUDGET = 60_000
+GRADIENT_BUDGET = 120_000
+REFINEMENTS = ("none", "forward", "gradient")
 DEFAULT_DISTANCE = "bures"
 
 
@@ -20,8 +23,14 @@ class Options:
     Attributes:
         distance: a name of operators.distances.DISTANCES.
         operator: "auto" compares all candidates; a name writes that operator's combination, if it
-            beats the base.
-        budget_tokens: tokens that all forward passes together may compute.
+            beats the base; "none" combines nothing, so that `polish` trains a LoRA from scratch.
+        refine: "none" proposes by distances only, "forward" from the losses of single adapters
+            too, "gradient" by steps on coefficients from gradients through the base.
+        passes, weights: see gradient.descent.DescentOptions.
+        objective: that of the gradient; "" is "loss", or "prompts" without completions.
+        polish: passes of training of the best candidate's own factors afterwards.
+        budget_tokens: tokens that all forward passes together may compute; a gradient pass
+            counts three.
         combine, rank, dtype: see adapters.merge.merge_adapters.
         exclude: glob patterns of adapter names to leave out.
         force: overwrite the output, and write the best candidate even if the base is better.
@@ -29,6 +38,11 @@ class Options:
 
     distance: str = DEFAULT_DISTANCE
     operator: str = "auto"
+    refine: str = "forward"
+    passes: int = 10
+    weights: str = "tensor"
+    objective: str = ""
+    polish: int = 0
     budget_tokens: int = DEFAULT_BUDGET
     combine: str = "svd"
     rank: int | str = "auto"
@@ -36,6 +50,36 @@ class Options:
     seed: int = 0
     exclude: tuple[str, ...] = ()
     force: bool = False
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the base's gradient is computed at all."""
+        return self.refine == "gradient" or self.polish > 0
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """What gradients are about to cost.
+
+    Attributes:
+        n_examples: support examples that they are computed on, of n_rows tokens in one pass.
+        n_passes: on coefficients, at most; each is n_folds descents on their part of the examples.
+        n_polish: on factors.
+        n_tokens: forward-equivalents in all, at most; a gradient pass counts three.
+        tokens_per_s: forward-equivalents a second in a short test a moment ago.
+        memory_bytes: estimate of the memory they take beside the mapped weights.
+        on_disk: whether the blocks' inputs are kept in a temporary file.
+    """
+
+    n_examples: int
+    n_rows: int
+    n_passes: int
+    n_folds: int
+    n_polish: int
+    n_tokens: int
+    tokens_per_s: float
+    memory_bytes: int
+    on_disk: bool
 
 
 @dataclass(frozen=True)
@@ -47,6 +91,7 @@ class Plan:
         n_shown: support examples that each of them is measured on (the shortest).
         n_tokens: estimate of all tokens that the build computes.
         tokens_per_s: speed of the base's own pass a moment ago; NaN where there is none.
+        gradient: what gradients cost; it is a part of n_tokens.
     """
 
     n_support: int
@@ -58,11 +103,73 @@ class Plan:
     n_tokens: int
     budget_tokens: int
     tokens_per_s: float
+    gradient: GradientPlan | None = None
 
     @property
     def seconds(self) -> float:
         """The estimate converted; NaN where the speed is not known."""
-        return self.n_tokens / self.tokens_per_s
+        if self.gradient is None:
+            return self.n_tokens / self.tokens_per_s
+        n_forward = self.n_tokens - self.gradient.n_tokens
+        forward = n_forward / self.tokens_per_s if math.isfinite(self.tokens_per_s) else 0.0
+        return forward + self.gradient.n_tokens / self.gradient.tokens_per_s
+
+
+@dataclass(frozen=True)
+class PassLoss:
+    """The end of one pass over the examples, nats a token.
+
+    Attributes:
+        stage: "coefficients" or "factors".
+        n_done: passes; 0 is the start.
+        support: as met before each step; NaN at the start.
+        held_out: cross-validated; None without folds.
+    """
+
+    stage: str
+    n_done: int
+    n_passes: int
+    support: float
+    held_out: float | None
+
+
+@dataclass(frozen=True)
+class Refined:
+    """How coefficients were found by gradients.
+
+    Attributes:
+        start: the candidate that the descent began at.
+        n_passes: at which it was stopped.
+        support_losses, held_out_losses: see gradient.descent.Descended.
+        slopes: by adapter, of the loss along its coefficient at the base: negative is better.
+        n_sources: adapters that took part.
+    """
+
+    start: str
+    weights: str
+    objective: str
+    n_examples: int
+    n_passes: int
+    support_losses: tuple[float, ...]
+    held_out_losses: tuple[float, ...]
+    slopes: Mapping[str, float]
+    n_sources: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the factors of an adapter were trained.
+
+    Attributes:
+        start: the candidate that they come from; "" for factors from scratch.
+        n_passes: that were finished.
+        support_losses: in each pass, as met before each step.
+    """
+
+    start: str
+    n_examples: int
+    n_passes: int
+    support_losses: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -87,12 +194,15 @@ class Built:
 
     Attributes:
         chosen: the candidate that was written.
-        coefficients: by adapter, the global scale included; zeros left out.
+        coefficients: by adapter, the global scale included; zeros left out. Where they differ
+            from tensor to tensor these are the means.
         distances: by adapter, of those that have a signature.
         losses_alone: by adapter, its support loss alone.
         support_losses: by candidate, at its best scale, on the support examples shown.
         verdict: of the selection part; None where nothing could be measured.
         judgement: None where nothing could be measured.
+        merge: None where nothing was combined.
+        refined, trained: what gradients did to coefficients and factors, chosen or not.
     """
 
     out: Path
@@ -103,10 +213,12 @@ class Built:
     support_losses: dict[str, float]
     verdict: Verdict | None
     judgement: Judgement | None
-    merge: MergeReport
+    merge: MergeReport | None
     n_tokens: int
     elapsed_s: float
     warnings: tuple[str, ...]
+    refined: Refined | None = None
+    trained: Trained | None = None
 
 
 @dataclass(frozen=True)
@@ -117,8 +229,13 @@ class Listener:
         plan: the plan, once.
         progress: (stage, steps done, steps in all).
         warn: each warning, as it arises.
+        passed: the losses after each pass of gradient steps.
+        keep: asked after Ctrl-C in such steps, with a question: whether to go on with the best
+            result so far. If not, the state stays and the interruption goes on.
     """
 
     plan: Callable[[Plan], None] = lambda plan: None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
     warn: Callable[[str], None] = lambda message: None
+    passed: Callable[[PassLoss], None] = lambda losses: None
+    keep: Callable[[str], bool] = lambda question: False

@@ -1,11 +1,12 @@
-"""The build itself: split, measure, propose, try, choose, write, judge."""
+"""The build itself: split, measure, propose, try, take gradient steps, choose, write, judge."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +14,35 @@ import numpy as np
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
 from edgelora.build.finish import applied, judge, keep_signature, write_trial
+from edgelora.build.gradients import Gradients, open_gradients
 from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unmeasured
+from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
-from edgelora.build.proposals import OPERATOR_NAMES, Measured, Nearness, Proposal, propose
-from edgelora.build.records import Built, Judgement, Listener, Options
-from edgelora.build.trials import Budget, Trial, make_trial, score_trial, try_scales
+from edgelora.build.proposals import NONE, OPERATOR_NAMES, Measured, Nearness, Proposal, propose
+from edgelora.build.records import REFINEMENTS, Built, Listener, Options, Refined, Trained
+from edgelora.build.refining import OBJECTIVE_WORDS, refine
+from edgelora.build.state import State, open_state
+from edgelora.build.trials import (
+    Budget,
+    Trial,
+    least_loss,
+    make_trial,
+    measure_trial,
+    score_trial,
+    try_scales,
+)
 from edgelora.build.work import Work, reserve_comparisons, tokenise_parts
 from edgelora.datasets.records import Dataset
 from edgelora.datasets.split import split_examples
 from edgelora.datasets.template import Template
 from edgelora.engine.context import Context, open_context
 from edgelora.engine.model import Model
+from edgelora.engine.prepare import tokenise_examples
 from edgelora.engine.score import TokenisedExample, mean_loss
 from edgelora.errors import AlreadyExists, DatasetError, EdgeLoRAError, NoImprovement
 from edgelora.files import publish
+from edgelora.gradient.descent import OBJECTIVES
+from edgelora.gradient.variables import WEIGHTS
 from edgelora.operators import arbiter
 from edgelora.operators.distances import DISTANCES
 
@@ -70,46 +86,149 @@ def _refuse_unknown(options: Options) -> None:
     for what, name, known in (
         ("operator", options.operator, OPERATOR_NAMES),
         ("distance", options.distance, tuple(DISTANCES)),
+        ("refinement", options.refine, REFINEMENTS),
+        ("kind of weights", options.weights, WEIGHTS),
+        ("objective", options.objective or OBJECTIVES[0], OBJECTIVES),
     ):
         if name not in known:
             raise EdgeLoRAError(f"no {what} is named {name}", hint=f"One of {', '.join(known)}.")
+    if options.operator == NONE and (options.refine == "gradient" or not options.polish):
+        raise EdgeLoRAError(
+            "the operator none combines nothing",
+            hint="Add --polish N, which trains a LoRA from scratch, and no --refine gradient.",
+        )
+    if options.needs_gradients and options.combine == "linear":
+        raise EdgeLoRAError(
+            "linear averages factors, which is not the sum that gradients are computed for",
+            hint="Use --combine svd or cat.",
+        )
+    if options.objective and options.refine != "gradient":
+        raise EdgeLoRAError("an objective is for gradients", hint="Add --refine gradient.")
 
 
 def _build_measured(work: Work, dataset: Dataset) -> Built:
     split = split_examples(dataset.examples, seed=work.options.seed)
     parts = tokenise_parts(work, split)
     reserve_comparisons(work, parts)
-    nearness, measured, shown = measure_parts(work, split, parts)
-    proposals = propose(work.pool, nearness, measured, work.options.operator)
-    with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
-        with open_context(work.model) as context, _trials(context) as trials:
-            _try(work, context, proposals, shown, Path(folder), trials)
-            verdict, trial = _choose(work, context, trials, parts.selection)
-            support_losses = {t.candidate.name: t.loss for t in trials}
-            with publish(work.out, force=work.options.force) as temporary:
-                merge = write_trial(work, trial, nearness, temporary)
-                judgement = judge(work, context, temporary, parts)
+    with ExitStack() as stack:
+        steps = _open_steps(work, stack, parts.support, has_completions=True)
+        nearness, measured, shown = measure_parts(work, split, parts)
+        known = measured if measured.positions else None
+        proposals = propose(work.pool, nearness, known, work.options.operator)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
+        context = stack.enter_context(open_context(work.model))
+        trials = stack.enter_context(_trials(context))
+        _try(work, context, proposals, shown, folder, trials)
+        made = _take_steps(work, context, steps, nearness, shown, folder, trials)
+        verdict, trial = _choose(work, context, trials, parts.selection)
+        with publish(work.out, force=work.options.force) as temporary:
+            merge = write_trial(work, trial, nearness, temporary)
+            judgement = judge(work, context, temporary, parts)
     keep_signature(work, nearness)
-    return _built(work, trial, nearness, measured, support_losses, verdict, judgement, merge)
+    losses = {t.candidate.name: t.loss for t in trials}
+    built = _built(work, trial, nearness, measured, losses, merge)
+    return replace(
+        built, verdict=verdict, judgement=judgement, refined=made.refined, trained=made.trained
+    )
 
 
 def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
-    """Without completions: the operator's combination by distance alone, at scale 1."""
-    work.warn("the dataset has no completions: losses cannot be measured, distances alone decide")
-    operator = "mixture" if work.options.operator == "auto" else work.options.operator
-    with open_context(work.model, hidden=True) as context:
-        nearness = embed_and_compare(work, context, dataset.examples, 1.0)
-    work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
-    ((name, coefficients),) = propose(work.pool, nearness, None, operator)
-    with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
-        trial = make_trial(name, coefficients, work.pool.paths, Path(folder))
+    """Without completions: by distances, or gradients of an objective that needs none."""
+    operator = _refuse_without_completions(work)
+    texts = tokenise_examples(work.model, work.template, dataset.examples)
+    with ExitStack() as stack:
+        steps = _open_steps(work, stack, texts, has_completions=False)
+        with open_context(work.model, hidden=True) as hidden:
+            nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
+        work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
+        ((name, coefficients),) = propose(work.pool, nearness, None, operator)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
+        trial, refined = make_trial(name, coefficients, work.pool.paths, folder), None
+        if steps is not None:
+            trial, refined = refine(
+                work, steps.gradients, trial.candidate, nearness, steps.state, folder
+            )
         with publish(work.out, force=work.options.force) as temporary:
             merge = write_trial(work, trial, nearness, temporary)
-            with open_context(work.model) as context:
-                with applied(context, temporary):
-                    pass  # loading it is the check: a file that llama.cpp refuses is not published
+            with open_context(work.model) as context, applied(context, temporary):
+                pass  # loading it is the check: a file that llama.cpp refuses is not published
     keep_signature(work, nearness)
-    return _built(work, trial, nearness, None, {}, None, None, merge)
+    return replace(_built(work, trial, nearness, None, {}, merge), refined=refined)
+
+
+def _refuse_without_completions(work: Work) -> str:
+    """The operator, and what is said of it."""
+    options = work.options
+    if options.polish:
+        raise EdgeLoRAError(
+            "the dataset has no completions, and --polish learns them",
+            hint="Leave --polish out; --refine gradient has objectives that need none.",
+        )
+    if options.objective == "loss":
+        raise EdgeLoRAError(
+            "the dataset has no completions, and the objective loss needs them",
+            hint=f"Choose --objective {' or '.join(OBJECTIVES[1:])}.",
+        )
+    if options.refine == "gradient":
+        work.warn(
+            "the dataset has no completions: the gradient is that of "
+            f"{OBJECTIVE_WORDS[options.objective or 'prompts']}, and nothing measures "
+            "whether answers get better"
+        )
+        return "uniform" if options.operator == "auto" else options.operator
+    work.warn("the dataset has no completions: losses cannot be measured, distances alone decide")
+    return "mixture" if options.operator == "auto" else options.operator
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """Gradients, and where the state of their steps is kept."""
+
+    gradients: Gradients
+    state: State
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What gradients did."""
+
+    refined: Refined | None = None
+    trained: Trained | None = None
+
+
+def _open_steps(
+    work: Work, stack: ExitStack, texts: Sequence[TokenisedExample], *, has_completions: bool
+) -> _Steps | None:
+    """None where the options ask for no gradients."""
+    if not work.options.needs_gradients:
+        return None
+    state = stack.enter_context(open_state(work))
+    return _Steps(open_gradients(work, texts, state.folder, has_completions), state)
+
+
+def _take_steps(
+    work: Work,
+    context: Context,
+    steps: _Steps | None,
+    nearness: Nearness | None,
+    shown: Sequence[TokenisedExample],
+    folder: Path,
+    trials: list[Trial],
+) -> _Made:
+    """Append what gradients make of the trials, measured as they are."""
+    if steps is None:
+        return _Made()
+    gradients, state, refined, trained = steps.gradients, steps.state, None, None
+    context.apply([])
+    if gradients.descent:
+        start = trials[0] if work.options.operator == "auto" else least_loss(trials)
+        trial, refined = refine(work, gradients, start.candidate, nearness, state, folder)
+        trials.append(measure_trial(context, trial, shown, work.budget))
+    if gradients.polish:
+        best = least_loss(trials) if trials else None
+        trial, trained = train_factors(work, gradients, best, nearness, state, folder)
+        trials.append(measure_trial(context, trial, shown, work.budget))
+    return _Made(refined, trained)
 
 
 @contextmanager
@@ -186,12 +305,10 @@ def _built(
     nearness: Nearness | None,
     measured: Measured | None,
     support_losses: dict[str, float],
-    verdict: arbiter.Verdict | None,
-    judgement: Judgement | None,
-    merge: MergeReport,
+    merge: MergeReport | None,
 ) -> Built:
     names, candidate = work.pool.names, trial.candidate
-    for message in merge.warnings:
+    for message in merge.warnings if merge else ():
         work.warn(message)
     distances = nearness.distances if nearness else np.full(len(names), np.inf)
     alone = zip(measured.positions, measured.losses, strict=True) if measured else ()
@@ -205,8 +322,8 @@ def _built(
         distances={n: float(d) for n, d in zip(names, distances, strict=True) if np.isfinite(d)},
         losses_alone={names[i]: float(loss) for i, loss in alone},
         support_losses=support_losses,
-        verdict=verdict,
-        judgement=judgement,
+        verdict=None,
+        judgement=None,
         merge=merge,
         n_tokens=work.budget.n_used,
         elapsed_s=time.monotonic() - work.started,

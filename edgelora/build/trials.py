@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.adapters.merge import merge_adapters
+from edgelora.adapters.merge import MergeReport, merge_adapters
 from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import Score, TokenisedExample, count_tokens, mean_loss, score
@@ -18,6 +19,7 @@ from edgelora.operators.arbiter import Candidate
 Array = NDArray[np.float64]
 
 SCALES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+TRIES_A_CANDIDATE = 3  # about as many scales are tried
 _NEGLIGIBLE = 0.01
 
 
@@ -46,17 +48,26 @@ class Budget:
         self.n_used += n_tokens
         return True
 
+    def give_back(self, n_tokens: int) -> None:
+        """Tokens that were reserved and not computed."""
+        self.n_used -= n_tokens
+
 
 @dataclass(frozen=True, eq=False)
 class Trial:
     """A candidate with the file that stands for it at scale 1.
 
-    `loss` is that on the support examples at the candidate's scale; NaN if it was not measured.
+    Attributes:
+        loss: on the support examples at the candidate's scale; NaN if it was not measured.
+        is_final: whether the file is what would be written, byte for byte; then `merge` says how
+            it was combined (None: it was not).
     """
 
     candidate: Candidate
     path: Path
     loss: float = float("nan")
+    is_final: bool = False
+    merge: MergeReport | None = None
 
     def weighted(self) -> list[WeightedAdapter]:
         """What a context applies to try it."""
@@ -109,9 +120,23 @@ def try_scales(
     return Trial(scaled, trial.path, losses.get(best, float("nan")))
 
 
+def measure_trial(
+    context: Context, trial: Trial, examples: Sequence[TokenisedExample], budget: Budget
+) -> Trial:
+    """The trial with its loss as it is; without, if the budget is spent."""
+    if not budget.take(count_tokens(examples)):
+        return trial
+    return replace(trial, loss=mean_loss(score_trial(context, trial, examples)))
+
+
 def score_trial(
     context: Context, trial: Trial | None, examples: Sequence[TokenisedExample]
 ) -> list[Score]:
     """Scores of a trial, or of the base (None)."""
     context.apply(trial.weighted() if trial else [])
     return score(context, examples)
+
+
+def least_loss(trials: Sequence[Trial]) -> Trial:
+    """The trial of the least support loss; those that were not measured count last."""
+    return min(trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)

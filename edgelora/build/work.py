@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgelora.build.pool import Pool
-from edgelora.build.proposals import count_proposals
-from edgelora.build.records import Listener, Options
+from edgelora.build.proposals import count_candidates
+from edgelora.build.records import GradientPlan, Listener, Options
 from edgelora.build.trials import Budget
 from edgelora.datasets.split import Split
 from edgelora.datasets.template import Template
@@ -41,6 +41,7 @@ class Work:
     pool: Pool
     out: Path
     budget: Budget
+    gradient: GradientPlan | None = None
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -82,7 +83,7 @@ def reserve_comparisons(work: Work, parts: Parts) -> None:
     Raises:
         EdgeLoRAError: the budget is smaller.
     """
-    n_candidates = count_proposals(work.options.operator, bool(work.pool.signed))
+    n_candidates = count_candidates(work.options, bool(work.pool.signed))
     n_tokens = 2 * count_tokens(parts.judged)
     n_tokens += (1 + n_candidates) * count_tokens(parts.selection)
     work.spend(n_tokens, f"comparing {n_candidates} candidate(s) with the base")

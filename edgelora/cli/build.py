@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,11 @@ from edgelora.cli.options import (
 
 if TYPE_CHECKING:
     from edgelora.build import Built, Listener, Plan
+    from edgelora.build.records import PassLoss, Refined
     from edgelora.operators.arbiter import Verdict
 
 _N_CHARTED = 15
+_N_RANKED = 5
 
 
 @click.command()
@@ -39,7 +42,32 @@ _N_CHARTED = 15
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The adapter to write."
 )
 @click.option("--budget", type=click.IntRange(min=1), help="Tokens that it may compute.")
-@click.option("--operator", default="auto", help="auto: the arbiter chooses among all.")
+@click.option(
+    "--operator",
+    default="auto",
+    help="auto: the arbiter chooses; none: only --polish, from scratch.",
+)
+@click.option("--refine", default="forward", show_default=True, help="none, forward or gradient.")
+@click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Of gradient steps on coefficients, at most.",
+)
+@click.option(
+    "--weights",
+    default="tensor",
+    show_default=True,
+    help="One coefficient of an adapter for each tensor or layer, or for the whole adapter.",
+)
+@click.option("--objective", default="", help="Of the gradient: loss, prompts or entropy.")
+@click.option(
+    "--polish",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Passes of training of the best candidate's factors (default: none).",
+)
 @click.option("--distance", help="Between datasets (default: bures).")
 @combine_options
 @click.option("--exclude", multiple=True, help="Adapters to leave out, a pattern; repeatable.")
@@ -76,21 +104,31 @@ def command(
         _show(built)
 
 
-def _options(budget: int | None, distance: str | None, operator: str, **choices: Any) -> Any:
+def _options(budget: int | None, distance: str | None, **choices: Any) -> Any:
     from edgelora.build.proposals import OPERATOR_NAMES
-    from edgelora.build.records import DEFAULT_BUDGET, DEFAULT_DISTANCE, Options
+    from edgelora.build.records import (
+        DEFAULT_BUDGET,
+        DEFAULT_DISTANCE,
+        GRADIENT_BUDGET,
+        REFINEMENTS,
+        Options,
+    )
+    from edgelora.gradient.descent import OBJECTIVES
+    from edgelora.gradient.variables import WEIGHTS
     from edgelora.operators.distances import DISTANCES
 
-    distance = distance or DEFAULT_DISTANCE
+    options = Options(distance=distance or DEFAULT_DISTANCE, **choices)
     for name, value, known in (
-        ("--operator", operator, OPERATOR_NAMES),
-        ("--distance", distance, DISTANCES),
+        ("--operator", options.operator, OPERATOR_NAMES),
+        ("--distance", options.distance, DISTANCES),
+        ("--refine", options.refine, REFINEMENTS),
+        ("--weights", options.weights, WEIGHTS),
+        ("--objective", options.objective, ("", *OBJECTIVES)),
     ):
         if value not in known:
             raise click.BadParameter(f"{value}; one of {', '.join(known)}", param_hint=name)
-    return Options(
-        distance=distance, operator=operator, budget_tokens=budget or DEFAULT_BUDGET, **choices
-    )
+    default = GRADIENT_BUDGET if options.needs_gradients else DEFAULT_BUDGET
+    return replace(options, budget_tokens=budget or default)
 
 
 @contextlib.contextmanager
@@ -103,11 +141,43 @@ def _listener() -> Iterator[Listener]:
             plan=_show_plan,
             progress=advance,
             warn=lambda message: console.warn(console.safe(message)),
+            passed=_show_pass,
+            keep=console.confirm,
         )
 
 
 def _show_plan(plan: Plan) -> None:
-    if not plan.n_measured:
+    _show_forward_plan(plan)
+    if plan.gradient is None:
+        return
+    g = plan.gradient
+    steps = []
+    if g.n_passes:
+        folds = f" in {g.n_folds} folds" if g.n_folds else ""
+        steps.append(f"at most {g.n_passes} pass(es) on coefficients{folds}")
+    if g.n_polish:
+        steps.append(f"{g.n_polish} on factors")
+    examples = f"{g.n_examples} examples ({g.n_rows:,} tokens) each"
+    console.say(f"      gradients: {' and '.join(steps)}, {examples}")
+    console.say(
+        f"      about {g.n_tokens:,} of the tokens (a gradient pass counts three), at "
+        f"{g.tokens_per_s:,.0f} tokens/s {_duration(g.n_tokens / g.tokens_per_s)}; memory about "
+        f"{g.memory_bytes / 1e6:,.0f} MB" + (", the rest in a temporary file" * g.on_disk)
+    )
+
+
+def _show_pass(losses: PassLoss) -> None:
+    parts = []
+    if math.isfinite(losses.support):
+        parts.append(f"support {losses.support:.3f}")
+    if losses.held_out is not None:
+        parts.append(f"held out {losses.held_out:.3f}")
+    when = f"pass {losses.n_done} of {losses.n_passes}" if losses.n_done else "start"
+    console.say(f"{losses.stage}, {when}: {', '.join(parts)}")
+
+
+def _show_forward_plan(plan: Plan) -> None:
+    if math.isnan(plan.tokens_per_s):
         console.say(
             f"plan: distances from {plan.n_support} examples to {plan.n_adapters} adapters; "
             f"{plan.n_tokens:,} tokens at most"
@@ -129,28 +199,51 @@ def _show(built: Built) -> None:
 
     if built.verdict is not None:
         console.out.print(_candidates(built, built.verdict))
+    if built.refined is not None:
+        _show_ranking(built, built.refined)
     console.out.print(f"written: {escape(built.chosen)}", style="bold")
     largest = sorted(built.coefficients.items(), key=lambda item: -abs(item[1]))
     shown = largest[:_N_CHARTED]
-    console.out.print(coefficients_chart([n for n, _ in shown], [c for _, c in shown]))
+    if shown:
+        console.out.print(coefficients_chart([n for n, _ in shown], [c for _, c in shown]))
     if len(largest) > len(shown):
         console.show(f"and {len(largest) - len(shown)} smaller ones: edgelora show {built.out}")
-    console.out.print(
-        f"rank up to {built.merge.max_rank}; the combination is kept with a relative error of "
-        f"{built.merge.error:.3f} ({built.merge.energy:.1%} of its energy)"
-    )
-    if built.judgement is not None:
-        j = built.judgement
-        low, mid, high = j.interval
+    if built.merge is not None:
         console.out.print(
-            f"loss on {j.n_examples} examples ({j.part}): base {j.base_loss:.3f}, adapter "
-            f"{j.adapter_loss:.3f} nats a token; difference {mid:+.3f} [{low:+.3f}, {high:+.3f}]",
-            style="bold",
-            markup=False,
+            f"rank up to {built.merge.max_rank}; the combination is kept with a relative error of "
+            f"{built.merge.error:.3f} ({built.merge.energy:.1%} of its energy)"
         )
+    _show_judgement(built)
     size = built.out.stat().st_size / 1e6
     console.show(
         f"{built.out} ({size:.1f} MB), {built.n_tokens:,} tokens, {_duration(built.elapsed_s)}"
+    )
+
+
+def _show_ranking(built: Built, refined: Refined) -> None:
+    """The bank ranked by one gradient pass, beside the ranking by distances of embeddings."""
+    slopes = dict(sorted(refined.slopes.items(), key=lambda item: item[1]))
+    top = list(slopes)[:_N_RANKED]
+    steepest = ", ".join(f"{name} ({slopes[name]:+.2f})" for name in top)
+    console.show(f"steepest slopes at the base, of {len(slopes)} adapters: {steepest}")
+    if not built.distances:
+        return
+    nearest = sorted(built.distances, key=lambda name: built.distances[name])
+    near = ", ".join(f"{name} ({list(slopes).index(name) + 1})" for name in nearest[:_N_RANKED])
+    n_both = len(set(top) & set(nearest[:_N_RANKED]))
+    console.show(f"nearest by embedding, with their place by slope: {near}; {n_both} in both")
+
+
+def _show_judgement(built: Built) -> None:
+    if built.judgement is None:
+        return
+    j = built.judgement
+    low, mid, high = j.interval
+    console.out.print(
+        f"loss on {j.n_examples} examples ({j.part}): base {j.base_loss:.3f}, adapter "
+        f"{j.adapter_loss:.3f} nats a token; difference {mid:+.3f} [{low:+.3f}, {high:+.3f}]",
+        style="bold",
+        markup=False,
     )
 
 
@@ -186,8 +279,10 @@ def _as_json(built: Built) -> dict[str, object]:
             "adapter": judged.adapter_loss,
             "adapter_vs_base": judged.interval,
         },
-        "rank": built.merge.max_rank,
-        "relative_error": built.merge.error,
+        "rank": built.merge and built.merge.max_rank,
+        "relative_error": built.merge and built.merge.error,
+        "refined": built.refined and asdict(built.refined),
+        "trained": built.trained and asdict(built.trained),
         "n_tokens": built.n_tokens,
         "elapsed_s": built.elapsed_s,
         "warnings": list(built.warnings),

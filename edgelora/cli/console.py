@@ -31,6 +31,7 @@ from edgelora.errors import EdgeLoRAError
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
+_drawn: list[Progress] = []
 
 
 def _bar(*, transient: bool) -> Progress:
@@ -111,7 +112,26 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
         bar.update(tasks[stage], completed=done)
 
     with bar:
-        yield advance
+        _drawn.append(bar)
+        try:
+            yield advance
+        finally:
+            _drawn.remove(bar)
+
+
+def confirm(question: str) -> bool:
+    """A person's yes or no, the bars stopped meanwhile; no where nobody is at a terminal."""
+    if not (err.is_terminal and sys.stdin.isatty()):
+        return False
+    for bar in _drawn:
+        bar.stop()
+    try:
+        return click.confirm(clean(question), default=True, err=True)
+    except click.Abort:
+        return False
+    finally:
+        for bar in _drawn:
+            bar.start()
 
 
 def warn(message: str) -> None:

@@ -25,6 +25,8 @@ _TITLES = {
     "seed": "seed",
     "budget_tokens": "budget",
 }
+# What gradients did to coefficients and to factors.
+_STEPS = {"refined": "refined", "trained": "trained"}
 
 
 @click.command()
@@ -77,9 +79,22 @@ def _facts(lora: LoraFile, provenance: Mapping[str, Any]) -> dict[str, object]:
         "made from": own.get("source_sha256"),
         "made by": own.get("created_by"),
     }
-    return facts | {
-        title: _short(provenance.get(key)) for key, title in _TITLES.items() if key in provenance
-    }
+    return (
+        facts
+        | {
+            title: _short(provenance.get(key))
+            for key, title in _TITLES.items()
+            if key in provenance
+        }
+        | {title: _steps(provenance.get(key)) for key, title in _STEPS.items()}
+    )
+
+
+def _steps(account: object) -> str:
+    """What gradients did, e.g. `from uniform mean x 1, examples 16, passes 3`."""
+    if not isinstance(account, dict):
+        return ""
+    return ", ".join(f"{key} {value}" for key, value in account.items())
 
 
 def _short(value: object) -> object:

@@ -1,0 +1,279 @@
+"""The base opened for gradients in a build: what is computed, its cost, a short test of speed."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from edgelora.adapters.gguf_lora import LoraFile, open_lora
+from edgelora.adapters.lora import LoraPair
+from edgelora.build.proposals import count_candidates
+from edgelora.build.records import GradientPlan
+from edgelora.build.trials import TRIES_A_CANDIDATE
+from edgelora.build.work import Work
+from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.errors import UnsupportedFile
+from edgelora.gradient import layers
+from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
+from edgelora.gradient.descent import (
+    DescentOptions,
+    count_descent_tokens,
+    objective_examples,
+    rank_adapters,
+)
+from edgelora.gradient.minimise import GRADIENT_COST
+from edgelora.gradient.polish import PolishOptions, count_polish_tokens, fresh_pairs
+from edgelora.gradient.updates import Combined, refuse_misfits
+
+# More examples than this cost more than they tell; a sample is drawn by the seed.
+MAX_EXAMPLES = 64
+# In a larger bank only so many adapters are combined, those of the steepest slope at the base: the
+# stacked factors of more would cost more than the base's own matrices.
+MAX_SOURCES = 64
+FRESH_RANK = 16
+_SHARE_OF_FREE_MEMORY = 0.25
+_FLOAT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """All that the steps of one build need.
+
+    Attributes:
+        adapters: the pool's files.
+        examples: tokenised, at most MAX_EXAMPLES of the support part.
+        descent: None without `--refine gradient`; polish: None without `--polish`.
+        n_descent_tokens, n_polish_tokens: what the budget has set aside for ranking and descent,
+            and for training.
+    """
+
+    decoder: Decoder
+    adapters: list[LoraFile]
+    examples: list[TokenisedExample]
+    passes: PassOptions
+    descent: DescentOptions | None
+    polish: PolishOptions | None
+    n_descent_tokens: int
+    n_polish_tokens: int
+
+    @property
+    def measured_passes(self) -> PassOptions:
+        """The passes with the objective of the descent."""
+        is_entropy = self.descent is not None and self.descent.objective == "entropy"
+        return replace(
+            self.passes, objective=layers.entropy if is_entropy else layers.cross_entropy
+        )
+
+    @property
+    def objective_examples(self) -> list[TokenisedExample]:
+        """The examples with completions that the objective is about."""
+        return _texts(self.examples, self.descent)
+
+
+def open_gradients(
+    work: Work, support: Sequence[TokenisedExample], scratch: Path, has_completions: bool
+) -> Gradients:
+    """Open the base, test its speed, reserve what the passes cost and put that in `work`.
+
+    Args:
+        scratch: a folder that is made if the blocks' inputs do not fit the memory.
+
+    Raises:
+        UnsupportedFile: a base, or an adapter, whose gradient is not known; it is named.
+        EdgeLoRAError: texts that are too long, or a budget too small for one pass.
+    """
+    options = work.options
+    decoder, files = _opened(work)
+    examples = sampled(support, options.seed)
+    descent = _descent_options(work, len(examples), has_completions)
+    polish = PolishOptions(n_passes=options.polish, seed=options.seed) if options.polish else None
+    texts = _texts(examples, descent)
+    memory, passes = _memory(work, decoder, texts, files, scratch)
+    speed = _test_speed(work, decoder, texts, files, passes)
+    descent, n_descent = _reserve(work, decoder, examples, descent, polish, passes)
+    n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
+    work.gradient = GradientPlan(
+        n_examples=len(examples),
+        n_rows=decoder.count_rows(texts, passes),
+        n_passes=descent.n_passes if descent else 0,
+        n_folds=descent.n_folds if descent else 0,
+        n_polish=options.polish,
+        n_tokens=n_descent + n_polish,
+        tokens_per_s=speed,
+        memory_bytes=memory,
+        on_disk=passes.scratch is not None,
+    )
+    return Gradients(decoder, files, examples, passes, descent, polish, n_descent, n_polish)
+
+
+@contextlib.contextmanager
+def threads(work: Work) -> Iterator[None]:
+    """BLAS on as many threads as llama.cpp has."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(work.model.options.threads(), user_api="blas"):
+        yield
+
+
+def sampled(examples: Sequence[TokenisedExample], seed: int) -> list[TokenisedExample]:
+    """At most MAX_EXAMPLES, drawn by the seed, in their order."""
+    if len(examples) <= MAX_EXAMPLES:
+        return list(examples)
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), MAX_EXAMPLES))
+    return [examples[i] for i in chosen]
+
+
+def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
+    """Untrained factors of the modules that the bank's adapters update."""
+    rank = work.options.rank
+    names = {name for file in gradients.adapters for name in file.plan if name.startswith("blk.")}
+    modules = sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names})
+    return fresh_pairs(
+        gradients.decoder.base,
+        rank if isinstance(rank, int) else FRESH_RANK,
+        modules,
+        seed=work.options.seed,
+    )
+
+
+def _opened(work: Work) -> tuple[Decoder, list[LoraFile]]:
+    files = [open_lora(path) for path in work.pool.paths]
+    try:
+        decoder = open_decoder(work.model.base.path)
+        refuse_misfits(files, decoder.base)
+    except UnsupportedFile as error:
+        hint = "Use --refine forward without --polish: it needs no gradients."
+        raise UnsupportedFile(error.what, problems=error.problems, hint=hint) from error
+    return decoder, files
+
+
+def _texts(
+    examples: Sequence[TokenisedExample], descent: DescentOptions | None
+) -> list[TokenisedExample]:
+    return objective_examples(examples, descent.objective if descent else "loss")
+
+
+def _descent_options(work: Work, n_examples: int, has_completions: bool) -> DescentOptions | None:
+    options = work.options
+    if options.refine != "gradient":
+        return None
+    return DescentOptions(
+        weights=options.weights,
+        n_passes=options.passes,
+        n_folds=DescentOptions().n_folds if n_examples > 1 else 0,  # one cannot be held out
+        seed=options.seed,
+        objective=options.objective or ("loss" if has_completions else "prompts"),
+    )
+
+
+def _reserve(
+    work: Work,
+    decoder: Decoder,
+    examples: list[TokenisedExample],
+    descent: DescentOptions | None,
+    polish: PolishOptions | None,
+    passes: PassOptions,
+) -> tuple[DescentOptions | None, int]:
+    """Set tokens aside for as many passes as the budget allows, and as were asked for.
+
+    Returns:
+        The descent with these passes, and the tokens that it and the ranking take.
+    """
+    n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
+    if descent is None:
+        work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
+        return None, 0
+    none, one = (
+        count_descent_tokens(decoder, examples, replace(descent, n_passes=n), passes)
+        for n in (0, 1)
+    )
+    ranking = GRADIENT_COST * decoder.count_rows(_texts(examples, descent), passes)
+    fixed, each = none + ranking, one - none
+    spare = work.budget.left - n_polish - _others(work, examples)
+    n_passes = max(1, min(descent.n_passes, (spare - fixed) // each))
+    work.spend(
+        fixed + n_passes * each + n_polish,
+        f"{n_passes} pass(es) of gradients on coefficients"
+        + (f" and {work.options.polish} on factors" if polish else ""),
+    )
+    if n_passes < descent.n_passes:
+        work.warn(
+            f"the budget allows {n_passes} gradient pass(es) of {descent.n_passes}; one takes "
+            f"{each:,} tokens"
+        )
+    return replace(descent, n_passes=n_passes), fixed + n_passes * each
+
+
+def _others(work: Work, examples: Sequence[TokenisedExample]) -> int:
+    """Tokens that embedding the examples and trying the candidates may take."""
+    n_embedded = sum(example.n_tokens for example in examples)
+    if not all(example.completion for example in examples):
+        return n_embedded
+    n_passes = 1 + TRIES_A_CANDIDATE * count_candidates(work.options, bool(work.pool.signed))
+    return n_embedded + n_passes * count_tokens(examples)
+
+
+def _test_speed(
+    work: Work,
+    decoder: Decoder,
+    texts: Sequence[TokenisedExample],
+    files: Sequence[LoraFile],
+    passes: PassOptions,
+) -> float:
+    """Forward-equivalent tokens a second of one step, with adapters applied."""
+    is_many = work.options.refine == "gradient"
+    used = list(files[:MAX_SOURCES] if is_many else files[:2])
+    names = {name for file in used for name in file.plan}
+    at = Combined(used, dict.fromkeys(names, [1 / len(used)] * len(used)))
+    step = sorted(texts, key=lambda text: text.n_tokens)[: DescentOptions().batch_size]
+    n_tokens = GRADIENT_COST * decoder.count_rows(step, passes)
+    work.spend(n_tokens, "a test of speed")
+    work.listener.progress("testing the speed of gradients", 0, 1)
+    started = time.perf_counter()
+    with threads(work):
+        rank_adapters(decoder, used, step, at, passes=passes)
+    work.listener.progress("testing the speed of gradients", 1, 1)
+    return n_tokens / (time.perf_counter() - started)
+
+
+def _memory(
+    work: Work,
+    decoder: Decoder,
+    texts: Sequence[TokenisedExample],
+    files: Sequence[LoraFile],
+    scratch: Path,
+) -> tuple[int, PassOptions]:
+    """An estimate of what a pass takes, and how it is run so that the memory suffices."""
+    import psutil
+
+    base, passes = decoder.base, PassOptions()
+    longest = max(text.n_tokens for text in texts)
+    n_rows = min(decoder.count_rows(texts, passes), max(passes.max_tokens, longest))
+    kept = base.n_layer * n_rows * base.n_embd * _FLOAT
+    if kept > _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available:
+        scratch.mkdir(parents=True, exist_ok=True)
+        return _transient(decoder, n_rows, longest, files), replace(passes, scratch=scratch)
+    return kept + _transient(decoder, n_rows, longest, files), passes
+
+
+def _transient(decoder: Decoder, n_rows: int, longest: int, files: Sequence[LoraFile]) -> int:
+    """One block's arrays, a tile of weights, logits, and the stacked factors of one tensor."""
+    base = decoder.base
+    n_ff = max(shape[0] for name, shape in base.shapes.items() if "ffn_up" in name)
+    of_block = n_rows * (12 * base.n_embd + 6 * n_ff) + 3 * base.n_head * longest**2
+    tile = max(4 << 20, n_ff)
+    logits = 3 * min(16 << 20, n_rows * base.n_vocab)
+    stacked = max(
+        (sum(f.plan[name].rank * math.fsum((f.plan[name].n_in, f.plan[name].n_out))
+             for f in files if name in f.plan)
+         for name in {name for file in files for name in file.plan}),
+        default=0.0,
+    )  # fmt: skip
+    return _FLOAT * int(of_block + tile + logits + 3 * np.ceil(stacked))

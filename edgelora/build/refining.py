@@ -1,0 +1,190 @@
+"""Coefficients by gradients: the bank ranked by one pass, then steps, then a file to be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.adapters.gguf_lora import LoraFile
+from edgelora.build.finish import write_combination
+from edgelora.build.gradients import MAX_SOURCES, Gradients, threads
+from edgelora.build.proposals import Nearness
+from edgelora.build.records import PassLoss, Refined
+from edgelora.build.state import State
+from edgelora.build.trials import Trial
+from edgelora.build.work import Work
+from edgelora.gradient.descent import Descended, DescentOptions, descend, rank_adapters
+from edgelora.gradient.minimise import Interrupted, Step
+from edgelora.operators.arbiter import Candidate
+
+Array = NDArray[np.float64]
+NAME = "gradient"
+OBJECTIVE_WORDS = {
+    "loss": "the loss of the completions",
+    "prompts": "the loss of the prompts themselves",
+    "entropy": "the entropy of the first answer token",
+}
+COEFFICIENTS, FACTORS = "coefficients", "factors"
+
+
+def refine(
+    work: Work,
+    gradients: Gradients,
+    start: Candidate,
+    nearness: Nearness | None,
+    state: State,
+    folder: Path,
+) -> tuple[Trial, Refined]:
+    """Steps on the coefficients of the whole bank from those of `start`, and the file they make.
+
+    Ctrl-C: `listener.keep` decides whether the best so far goes on; the state is kept if not.
+
+    Raises:
+        EdgeLoRAError: a loss that is not a number, or every coefficient is zero.
+        KeyboardInterrupt: as above.
+    """
+    options = gradients.descent
+    assert options is not None
+    with threads(work):
+        slopes = _rank(work, gradients)
+        positions = _sources(slopes)
+        files = [gradients.adapters[i] for i in positions]
+        scaled = start.coefficients * start.scale
+        found = _descend(work, gradients, options, files, scaled[positions], state)
+    k = len(work.pool.records)
+    by_tensor = {name: _spread(row, positions, k) for name, row in found.coefficients.items()}
+    refined = Refined(
+        start=f"{start.name} x {start.scale:g}",
+        weights=options.weights,
+        objective=options.objective,
+        n_examples=len(gradients.examples),
+        n_passes=found.n_passes,
+        support_losses=found.support_losses,
+        held_out_losses=found.held_out_losses,
+        slopes=dict(zip(work.pool.names, slopes.tolist(), strict=True)),
+        n_sources=len(positions),
+    )
+    if options.n_folds and not found.n_passes:
+        work.warn("no gradient pass lowered the held-out loss: the coefficients are the start's")
+    return _as_trial(work, by_tensor, refined, nearness, folder), refined
+
+
+class Teller:
+    """Tells the listener of a build how far steps are, and the losses of each pass."""
+
+    def __init__(self, work: Work, stage: str, n_passes: int, n_tokens: int) -> None:
+        self._listener = work.listener
+        self._stage, self._n_passes, self._n_tokens = stage, n_passes, n_tokens
+        self._losses: list[float] = []
+
+    def __call__(self, step: Step) -> None:
+        """One step, or a look at held-out examples."""
+        self._progress(step.n_tokens)
+        if step.what == "step":
+            self._losses.append(step.loss)
+        if step.at_pass != int(step.at_pass):
+            return
+        support = float(np.mean(self._losses)) if self._losses else float("nan")
+        self._losses.clear()
+        n_done = int(step.at_pass)
+        losses = PassLoss(self._stage, n_done, self._n_passes, support, step.held_out)
+        self._listener.passed(losses)
+
+    def end(self) -> None:
+        """Whether or not all passes were needed."""
+        self._progress(self._n_tokens)
+
+    def _progress(self, n_tokens: int) -> None:
+        stage = f"gradient steps on {self._stage}, tokens"
+        self._listener.progress(stage, min(n_tokens, self._n_tokens), self._n_tokens)
+
+
+def ask_to_keep(work: Work, stage: str, n_passes: int) -> bool:
+    """Whether the best so far goes on after Ctrl-C."""
+    return work.listener.keep(
+        f"interrupted: go on with the {stage} as they are best so far (after {n_passes} pass(es))?"
+    )
+
+
+def _rank(work: Work, gradients: Gradients) -> Array:
+    """The slope along each adapter at the base, (k,)."""
+    work.listener.progress("ranking the bank by its gradient", 0, 1)
+    slopes = rank_adapters(
+        gradients.decoder,
+        gradients.adapters,
+        gradients.objective_examples,
+        {},
+        passes=gradients.measured_passes,
+    )
+    work.listener.progress("ranking the bank by its gradient", 1, 1)
+    return slopes
+
+
+def _sources(slopes: Array) -> list[int]:
+    """All adapters, or those of the steepest slopes, in the pool's order."""
+    return sorted(int(i) for i in np.argsort(slopes, kind="stable")[:MAX_SOURCES])
+
+
+def _descend(
+    work: Work,
+    gradients: Gradients,
+    options: DescentOptions,
+    files: Sequence[LoraFile],
+    start: Array,
+    state: State,
+) -> Descended:
+    n_ranking = 3 * gradients.decoder.count_rows(gradients.objective_examples, gradients.passes)
+    n_tokens = gradients.n_descent_tokens - n_ranking
+    course = replace(options, n_passes=0)
+    hashes = tuple(record.content_sha256 for record in work.pool.records)
+    identity = work.model.base.identity.id
+    path = state.path(COEFFICIENTS, identity, hashes, gradients.examples, start, course)
+    tell = Teller(work, COEFFICIENTS, options.n_passes, n_tokens)
+    try:
+        found = descend(
+            gradients.decoder, files, gradients.examples, start, options,
+            passes=gradients.passes, listen=tell, checkpoint=path,
+        )  # fmt: skip
+    except Interrupted as stopped:
+        if not ask_to_keep(work, COEFFICIENTS, stopped.best.n_passes):
+            raise
+        found = stopped.best
+    tell.end()
+    work.budget.give_back(n_tokens - found.n_tokens)
+    return found
+
+
+def _spread(row: Array, positions: Sequence[int], k: int) -> Array:
+    """(k,) with zeros for adapters that took no part; rounded to what a provenance holds."""
+    whole = np.zeros(k)
+    whole[list(positions)] = row.astype(np.float16)
+    return whole
+
+
+def _as_trial(
+    work: Work,
+    by_tensor: dict[str, Array],
+    refined: Refined,
+    nearness: Nearness | None,
+    folder: Path,
+) -> Trial:
+    """The combination as a file, written as it would be published."""
+    means = np.mean(list(by_tensor.values()), axis=0)
+    told = {
+        "refined": {
+            "by": NAME,
+            "weights": refined.weights,
+            "objective": refined.objective,
+            "start": refined.start,
+            "examples": refined.n_examples,
+            "passes": refined.n_passes,
+        }
+    }
+    candidate = Candidate(NAME, means)
+    path = folder / f"{NAME}.gguf"
+    merge = write_combination(work, candidate, nearness, path, by_tensor=by_tensor, told=told)
+    return Trial(candidate, path, is_final=True, merge=merge)

@@ -1,0 +1,429 @@
+"""Builds by gradients on a pico base: coefficients, factors, budgets, interruption, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import builds
+import numpy as np
+import pico
+import pytest
+from builds import HELPER, World
+
+from edgelora.adapters.base import read_base
+from edgelora.adapters.gguf_lora import open_lora
+from edgelora.adapters.provenance import read_coefficients
+from edgelora.bank import Facts, open_bank
+from edgelora.build import Built, Listener, Options, Plan, build, gradients, refining
+from edgelora.build.records import PassLoss
+from edgelora.datasets.read import read_dataset
+from edgelora.engine.context import Context, Row
+from edgelora.engine.model import Model, open_model
+from edgelora.engine.prepare import model_template
+from edgelora.errors import EdgeLoRAError, NoImprovement, UnsupportedFile
+from edgelora.gradient.descent import DescentOptions
+
+SHORT = Options(refine="gradient", passes=2, budget_tokens=10**6)
+SCRATCH = Options(operator="none", polish=3, budget_tokens=10**6, rank=4)
+ON_COEFFICIENTS = "gradient steps on coefficients, tokens"
+ON_FACTORS = "gradient steps on factors, tokens"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELORA_CACHE", str(folder / "cache"))
+        yield builds.make_world(folder)
+
+
+@pytest.fixture(scope="module")
+def model(world: World) -> Iterator[Model]:
+    with open_model(world.base, builds.ONE_THREAD) as model:
+        yield model
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "built.gguf"
+
+
+class Ear:
+    """Remembers what it is told; may interrupt a stage at its n-th call, and keep the best."""
+
+    def __init__(self, stage: str = "", n_calls: int = 0, *, keeps: bool = False) -> None:
+        self.plans: list[Plan] = []
+        self.passes: list[PassLoss] = []
+        self.heard: list[str] = []
+        self.asked: list[str] = []
+        self.steps: list[tuple[str, int, int]] = []
+        self.stage, self.n_calls, self.keeps = stage, n_calls, keeps
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        self.steps.append((stage, done, total))
+        if stage == self.stage:
+            self.n_calls -= 1
+            if self.n_calls == 0:
+                raise KeyboardInterrupt
+
+    def keep(self, question: str) -> bool:
+        self.asked.append(question)
+        return self.keeps
+
+    @property
+    def listener(self) -> Listener:
+        return Listener(
+            self.plans.append, self.progress, self.heard.append, self.passes.append, self.keep
+        )
+
+
+def run(
+    model: Model, world: World, data: Path, out: Path, options: Options = SHORT,
+    ear: Ear | None = None,
+) -> Built:  # fmt: skip
+    used = model_template(model)
+    listener = (ear or Ear()).listener
+    return build(model, open_bank(world.bank), read_dataset(data), used, out, options, listener)
+
+
+def told(path: Path) -> dict:
+    return json.loads(str(open_lora(path).metadata["edgelora.provenance"]))
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every batch that llama.cpp really computes."""
+    sizes: list[int] = []
+    real = Context.decode
+
+    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
+        sizes.append(len(rows))
+        return real(context, rows)
+
+    monkeypatch.setattr(Context, "decode", counting)
+    return sizes
+
+
+def test_coefficients_for_each_tensor_beat_the_start_and_are_told(
+    world: World, model: Model, out: Path
+) -> None:
+    ear = Ear()
+    options = replace(SHORT, passes=8, operator="uniform")
+    built = run(model, world, world.helped, out, options, ear)
+    assert built.chosen == "gradient" and set(built.support_losses) == {"uniform mean", "gradient"}
+    assert built.support_losses["gradient"] < built.support_losses["uniform mean"] - 0.05
+    judged = built.judgement
+    assert judged is not None and judged.adapter_loss < judged.base_loss
+    assert not built.losses_alone  # no pass for each adapter
+
+    refined = built.refined
+    assert refined is not None and refined.start.startswith("uniform mean x ")
+    assert refined.slopes[HELPER] < 0
+    assert refined.n_passes == int(np.argmin(refined.held_out_losses)) > 0
+    assert refined.n_examples == 16 and refined.n_sources == builds.N_ADAPTERS
+    assert [p.n_done for p in ear.passes] == list(range(len(refined.held_out_losses)))
+    assert [p.held_out for p in ear.passes] == pytest.approx(refined.held_out_losses)
+    assert np.isnan(ear.passes[0].support) and all(p.support > 0 for p in ear.passes[1:])
+
+    account = told(out)
+    assert account["operator"] == "gradient" and account["seed"] == 0
+    assert account["refined"]["passes"] == refined.n_passes
+    assert (account["refined"]["weights"], account["refined"]["objective"]) == ("tensor", "loss")
+    means = {s["name"]: s["coefficient"] for s in account["sources"]}
+    assert means == pytest.approx(built.coefficients, abs=1e-4)
+    by_tensor = read_coefficients(account)
+    assert set(by_tensor) == set(means) and len(set(by_tensor[HELPER].values())) > 1
+    assert not list(out.parent.glob("*.refine"))
+
+
+def test_the_file_is_the_sum_that_its_provenance_tells(
+    world: World, model: Model, out: Path
+) -> None:
+    options = replace(SHORT, operator="uniform", combine="cat", dtype="f32", force=True)
+    built = run(model, world, world.helped, out, options)
+    if built.chosen != "gradient":
+        pytest.fail(f"{built.chosen} was chosen")
+    sources = {r.name: open_lora(r.path) for r in open_bank(world.bank).records()}
+    rows = read_coefficients(told(out))
+    for pair in open_lora(out).pairs():
+        exact = np.zeros((pair.lora_b.shape[0], pair.lora_a.shape[1]))
+        for name, lora in sources.items():
+            own = lora.pair(pair.name)
+            product = own.lora_b.astype(np.float64) @ own.lora_a.astype(np.float64)
+            exact += rows[name][pair.name] * own.scale * product
+        np.testing.assert_allclose(pair.lora_b @ pair.lora_a, exact, atol=1e-4)
+
+
+def test_same_inputs_same_bytes_and_the_budget_counts_what_was_computed(
+    world: World, model: Model, out: Path, decoded: list[int]
+) -> None:
+    first = run(model, world, world.helped, out)
+    before = out.read_bytes()
+    assert sum(decoded) < first.n_tokens <= SHORT.budget_tokens
+    second = run(model, world, world.helped, out, replace(SHORT, force=True))
+    assert out.read_bytes() == before and second.n_tokens == first.n_tokens
+
+
+def test_auto_compares_it_with_what_needs_no_losses_of_single_adapters(
+    world: World, model: Model, out: Path
+) -> None:
+    ear = Ear()
+    built = run(model, world, world.helped, out, ear=ear)
+    assert set(built.support_losses) == {"uniform mean", "nearest", "mixture", "gradient"}
+    (plan,) = ear.plans
+    assert plan.n_measured == 0 and plan.gradient is not None
+    g = plan.gradient
+    assert (g.n_examples, g.n_passes, g.n_folds, g.n_polish) == (16, 2, DescentOptions().n_folds, 0)
+    assert 0 < g.n_tokens < plan.n_tokens and g.tokens_per_s > 0 and plan.seconds > 0
+    assert g.memory_bytes > 10**6 and not g.on_disk
+    last = {stage: (done, total) for stage, done, total in ear.steps}
+    assert ON_COEFFICIENTS in last and all(done == total for done, total in last.values())
+
+
+def test_no_refinement_measures_no_adapter(world: World, model: Model, out: Path) -> None:
+    built = run(model, world, world.helped, out, Options(refine="none", force=True))
+    assert set(built.support_losses) == {"uniform mean", "nearest", "mixture"}
+    assert not built.losses_alone and built.refined is None
+
+
+@pytest.mark.parametrize("weights", ["layer", "adapter"])
+def test_weights_may_be_shared(weights: str, world: World, model: Model, out: Path) -> None:
+    options = replace(SHORT, operator="uniform", weights=weights, force=True, passes=12)
+    built = run(model, world, world.helped, out, options)
+    assert built.chosen == "gradient"
+    rows = read_coefficients(told(out))
+    if weights == "adapter":
+        assert rows == {}
+        return
+    for by_tensor in rows.values():
+        layers = [{v for n, v in by_tensor.items() if n.startswith(f"blk.{i}.")} for i in (0, 1)]
+        assert [len(values) for values in layers] == [1, 1]
+
+
+def test_a_large_bank_is_cut_to_the_steepest(
+    world: World, model: Model, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refining, "MAX_SOURCES", 2)
+    built = run(model, world, world.helped, out, replace(SHORT, operator="uniform", force=True))
+    assert built.refined is not None and built.refined.n_sources == 2
+    best = sorted(built.refined.slopes, key=lambda name: built.refined.slopes[name])[:2]
+    if built.chosen == "gradient":
+        assert set(built.coefficients) == set(best)
+
+
+def test_many_examples_are_sampled(
+    world: World, model: Model, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "MAX_EXAMPLES", 5)
+    ear = Ear()
+    run(model, world, world.helped, out, replace(SHORT, force=True), ear)
+    assert ear.plans[0].gradient is not None and ear.plans[0].gradient.n_examples == 5
+    assert ear.plans[0].n_shown == 5 and ear.plans[0].n_support == 16
+
+
+def test_the_blocks_inputs_go_to_a_file_where_memory_is_short(
+    world: World, model: Model, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(model, world, world.helped, out)
+    before = out.read_bytes()
+    monkeypatch.setattr(gradients, "_SHARE_OF_FREE_MEMORY", 0.0)
+    ear = Ear()
+    run(model, world, world.helped, out, replace(SHORT, force=True), ear)
+    assert ear.plans[0].gradient is not None and ear.plans[0].gradient.on_disk
+    assert out.read_bytes() == before and not list(out.parent.glob("*.refine"))
+
+
+# Budgets
+
+
+def test_a_budget_allows_fewer_passes_and_says_so(world: World, model: Model, out: Path) -> None:
+    ear = Ear()
+    options = replace(SHORT, passes=50, budget_tokens=60_000, force=True)
+    built = run(model, world, world.helped, out, options, ear)
+    assert ear.plans[0].gradient is not None
+    n_passes = ear.plans[0].gradient.n_passes
+    assert 1 <= n_passes < 50 and built.n_tokens <= 60_000
+    assert any(f"allows {n_passes} gradient pass(es) of 50" in message for message in ear.heard)
+
+
+@pytest.mark.parametrize("options", [SHORT, SCRATCH])
+def test_a_budget_too_small_for_a_pass_says_how_much_one_takes(
+    options: Options, world: World, model: Model, out: Path
+) -> None:
+    with pytest.raises(EdgeLoRAError, match="too small: .* pass.* takes [0-9,]+ and"):
+        run(model, world, world.helped, out, replace(options, budget_tokens=4_000))
+    assert not list(out.parent.iterdir())
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_an_interrupt_keeps_the_state_and_the_same_build_ends_with_the_same_bytes(
+    keeps: bool, world: World, model: Model, out: Path, tmp_path: Path
+) -> None:
+    options = replace(SHORT, passes=4, force=True)
+    whole = tmp_path / "whole.gguf"
+    run(model, world, world.helped, whole.with_name(out.name), options)
+    ear = Ear(ON_COEFFICIENTS, 16, keeps=keeps)
+    if keeps:
+        built = run(model, world, world.helped, out, options, ear)
+        assert built.refined is not None and len(built.refined.held_out_losses) < 5
+        assert "best so far" in ear.asked[0] and not list(out.parent.glob("*.refine"))
+        return
+    with pytest.raises(KeyboardInterrupt):
+        run(model, world, world.helped, out, options, ear)
+    (folder,) = out.parent.iterdir()
+    assert folder.name == "built.gguf.refine" and len(list(folder.iterdir())) == 1
+    assert any("the same command goes on" in message for message in ear.heard)
+    again = Ear()
+    run(model, world, world.helped, out, options, again)
+    assert again.passes[0].n_done > 0  # the start was judged before the interruption
+    assert out.read_bytes() == whole.with_name(out.name).read_bytes()
+    assert not list(out.parent.glob("*.refine"))
+
+
+def test_a_state_of_other_examples_is_not_taken(world: World, model: Model, out: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(model, world, world.helped, out, SHORT, Ear(ON_COEFFICIENTS, 8))
+    ear = Ear()
+    run(model, world, world.helped, out, replace(SHORT, seed=3, force=True), ear)
+    assert ear.passes[0].n_done == 0
+
+
+def test_nothing_that_helps_keeps_the_state_for_force(
+    world: World, model: Model, out: Path
+) -> None:
+    ear = Ear()
+    with pytest.raises(NoImprovement):
+        run(model, world, world.hopeless, out, SHORT, ear)
+    assert [p.name for p in out.parent.iterdir()] == ["built.gguf.refine"]
+    again = Ear()
+    run(model, world, world.hopeless, out, replace(SHORT, force=True), again)
+    assert not again.passes and not list(out.parent.glob("*.refine"))
+
+
+# Factors
+
+
+def test_polishing_trains_the_best_candidate(world: World, model: Model, out: Path) -> None:
+    ear = Ear()
+    options = Options(operator="nearest", refine="none", polish=6, budget_tokens=10**6)
+    built = run(model, world, world.helped, out, replace(options, force=True), ear)
+    assert set(built.support_losses) == {"nearest", "nearest, polished"}
+    assert built.support_losses["nearest, polished"] < built.support_losses["nearest"]
+    trained = built.trained
+    assert trained is not None and (trained.start, trained.n_passes) == ("nearest", 6)
+    assert [p.stage for p in ear.passes] == ["factors"] * 6
+    assert [p.support for p in ear.passes] == pytest.approx(trained.support_losses, rel=0.05)
+    account = told(out)
+    if built.chosen == "nearest, polished":
+        assert account["trained"] == {"from": "nearest", "examples": 16, "passes": 6}
+        assert account["operator"] == "nearest, polished" and len(account["sources"]) == 1
+
+
+def test_few_shot_lora_from_scratch(world: World, model: Model, out: Path) -> None:
+    built = run(model, world, world.helped, out, replace(SCRATCH, force=True))
+    assert built.chosen == "few-shot LoRA" and built.merge is None and not built.coefficients
+    lora = open_lora(out)
+    assert {lora.rank(name) for name in lora.names} == {4}
+    bank_names = {n for r in open_bank(world.bank).records() for n in open_lora(r.path).names}
+    assert set(lora.names) == bank_names
+    account = told(out)
+    assert account["sources"] == [] and account["trained"]["from"] == "scratch"
+    assert lora.metadata["edgelora.base.id"] == read_base(world.base).identity.id
+    assert "edgelora.licence" not in lora.metadata and lora.metadata["edgelora.name"] == "built"
+    trained = built.trained
+    assert trained is not None and trained.support_losses[-1] < trained.support_losses[0]
+
+
+def test_an_interrupted_polish_goes_on(world: World, model: Model, out: Path) -> None:
+    options = replace(SCRATCH, force=True)
+    run(model, world, world.helped, out, options)
+    before = out.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, world, world.helped, out, options, Ear(ON_FACTORS, 6))
+    assert out.read_bytes() == before and list(out.parent.glob("*.refine"))
+    ear = Ear()
+    run(model, world, world.helped, out, options, ear)
+    assert ear.passes[0].n_done > 1 and out.read_bytes() == before
+
+
+def test_gradient_then_polish(world: World, model: Model, out: Path) -> None:
+    built = run(model, world, world.helped, out, replace(SHORT, polish=2, force=True))
+    best = min((n for n in built.support_losses if "polished" not in n),
+               key=lambda n: built.support_losses[n])  # fmt: skip
+    assert built.trained is not None and built.trained.start == best
+    assert f"{best}, polished" in built.support_losses
+
+
+# Without completions
+
+
+@pytest.mark.parametrize("objective", ["", "prompts", "entropy"])
+def test_objectives_without_completions(
+    objective: str, world: World, model: Model, out: Path
+) -> None:
+    ear = Ear()
+    built = run(model, world, world.unanswered, out, replace(SHORT, objective=objective), ear)
+    assert built.chosen == "gradient" and built.judgement is None
+    assert built.refined is not None and built.refined.objective == (objective or "prompts")
+    assert any("nothing measures whether answers get better" in m for m in ear.heard)
+    assert ear.plans[0].gradient is not None and ear.plans[0].n_tokens <= SHORT.budget_tokens
+    assert told(out)["refined"]["objective"] == built.refined.objective
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(replace(SHORT, polish=1), "--polish learns them"),
+     (replace(SHORT, objective="loss"), "the objective loss needs them")],
+)  # fmt: skip
+def test_what_needs_completions_is_refused(
+    options: Options, why: str, world: World, model: Model, out: Path
+) -> None:
+    with pytest.raises(EdgeLoRAError, match=why):
+        run(model, world, world.unanswered, out, options)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(Options(operator="none"), "combines nothing"),
+     (replace(SHORT, operator="none", polish=1), "combines nothing"),
+     (replace(SHORT, combine="linear"), "linear averages factors"),
+     (Options(objective="entropy"), "an objective is for gradients"),
+     (Options(refine="magic"), "no refinement is named magic"),
+     (replace(SHORT, weights="magic"), "no kind of weights is named magic"),
+     (replace(SHORT, objective="magic"), "no objective is named magic")],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(
+    options: Options, why: str, world: World, model: Model, out: Path
+) -> None:
+    with pytest.raises(EdgeLoRAError, match=why):
+        run(model, world, world.helped, out, options)
+
+
+@pytest.mark.parametrize("options", [SHORT, SCRATCH])
+def test_an_architecture_without_gradients_is_named_before_anything_is_computed(
+    options: Options, world: World, out: Path, tmp_path: Path, decoded: list[int]
+) -> None:
+    base = pico.write_base(tmp_path / "gpt2.gguf", "gpt2")
+    bank = open_bank(tmp_path / "bank", create=True)
+    peft = pico.write_peft(tmp_path / "peft", "gpt2", seed=0)
+    bank.add(peft, read_base(base), name="one", facts=Facts(template="chat"))
+    with open_model(base, builds.ONE_THREAD) as model:
+        used = model_template(model, "Q: {prompt}\nA:")
+        with pytest.raises(UnsupportedFile, match="gradients of gpt2.*\n.*--refine forward"):
+            build(model, bank, read_dataset(world.helped), used, out, options)
+    assert not decoded and not list(out.parent.iterdir())
