@@ -44,7 +44,7 @@ class DescentOptions:
 
     weights: str = "tensor"
     n_passes: int = 10
-    batch_size: int = 4
+    batch_size: int = 2
     step: float = 0.03
     penalty: float = 0.0
     n_folds: int = 2

@@ -30,7 +30,7 @@ class PolishOptions:
     """
 
     n_passes: int = 10
-    batch_size: int = 4
+    batch_size: int = 2
     step: float = 0.002
     penalty: float = 0.0
     seed: int = 0

@@ -235,9 +235,9 @@ def parse_arm(name: str) -> Arm:
 
     Heads: base, own, mean, forward; gradient-N and few-N for N passes on coefficients, or on a LoRA
     from scratch; gradient-cv, stopped by cross-validation; polish-N, N passes on coefficients and
-    then as many on the factors as are left of 10. Settings are key=value: for gradient scale,
-    n_sources and rank (see make_gradient) and the fields of DescentOptions; for few and polish
-    rank and those of PolishOptions.
+    then n_passes on the factors (as many as are left of 10). Settings are key=value: for gradient
+    scale, n_sources and rank (see make_gradient) and the fields of DescentOptions; for few and
+    polish rank and those of PolishOptions.
 
     Raises:
         ValueError: an unknown head or setting.
@@ -257,7 +257,8 @@ def parse_arm(name: str) -> Arm:
     if unknown := settings.keys() - _TAKES[kind]:
         raise ValueError(f"{name!r}: no setting {', '.join(sorted(unknown))}")
     if kind == "polish":
-        return partial(make_polished, n_first=int(n), n_passes=10 - int(n), **settings)
+        left = {"n_passes": 10 - int(n)}
+        return partial(make_polished, n_first=int(n), **left | settings)
     if kind == "few":
         return partial(make_few, n_passes=int(n), **settings)
     passes = {} if head == "gradient-cv" else {"n_passes": int(n), "n_folds": 0}
