@@ -149,6 +149,18 @@ def test_the_grammar_allows_those_answers(name: str, drawing: Drawing) -> None: 
     assert drawing.accepts(one, text) == (not name.startswith("cut") and not several)
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_function_that_is_named_is_called_once(name: str, drawing: Drawing) -> None:  # noqa: F811
+    form = find_call_format(TEMPLATES[name])
+    call = f'{{"name": "now-1", "{form.key}": {{}}}}'
+    one, two = (
+        form.opening + form.between.join([call] * n_calls) + form.closing for n_calls in (1, 2)
+    )
+    assert drawing.accepts(plan(name, NAMED).grammar, one)
+    assert drawing.accepts(plan(name, "required").grammar, two)
+    assert not drawing.accepts(plan(name, NAMED).grammar, two)
+
+
 @pytest.mark.parametrize(
     ("template", "text"),
     [

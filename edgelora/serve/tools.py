@@ -132,7 +132,8 @@ def plan_tools(
 
     With "auto" (the default) the model may write text, a call, or with a template that has a tag
     for calls, text and then calls. Without such a tag an answer that begins with "{" (or "[{"
-    where the template lists calls) is a call.
+    where the template lists calls) is a call. A function that is named is called exactly once, as
+    OpenAI does.
 
     Raises:
         SchemaError: names each tool and what is wrong with it, or the choice.
@@ -144,7 +145,8 @@ def plan_tools(
     if not chosen:
         return ToolPlan(None, "", "", form, takes_tools, False)
     must_call = tool_choice not in (None, "auto")
-    n_more = 0 if parallel_tool_calls is False else MAX_CALLS - 1
+    one_call = parallel_tool_calls is False or isinstance(tool_choice, Mapping)
+    n_more = 0 if one_call else MAX_CALLS - 1
     grammar = _grammar(chosen, form, must_call, n_more)
     listed = tuple(tools or ())
     instruction = "" if takes_tools else _instruction(listed, tool_choice, n_more)
