@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import builds
 import numpy as np
@@ -15,6 +17,7 @@ from builds import HELPER, World
 
 from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import open_lora
+from edgelora.adapters.merge import MergeReport
 from edgelora.adapters.provenance import read_coefficients
 from edgelora.bank import Facts, open_bank
 from edgelora.build import Built, Listener, Options, Plan, build, gradients, refining
@@ -25,6 +28,7 @@ from edgelora.engine.model import Model, open_model
 from edgelora.engine.prepare import model_template
 from edgelora.errors import EdgeLoRAError, NoImprovement, UnsupportedFile
 from edgelora.gradient.descent import DescentOptions
+from edgelora.gradient.polish import PolishOptions
 
 SHORT = Options(refine="gradient", passes=2, budget_tokens=10**6)
 SCRATCH = Options(operator="none", polish=3, budget_tokens=10**6, rank=4)
@@ -127,7 +131,7 @@ def test_coefficients_for_each_tensor_beat_the_start_and_are_told(
 
     refined = built.refined
     assert refined is not None and refined.start.startswith("uniform mean x ")
-    assert refined.slopes[HELPER] < 0
+    assert set(refined.slopes) == {f"adapter{i}" for i in range(builds.N_ADAPTERS)}
     assert refined.n_passes == int(np.argmin(refined.held_out_losses)) > 0
     assert refined.n_examples == 16 and refined.n_sources == builds.N_ADAPTERS
     assert [p.n_done for p in ear.passes] == list(range(len(refined.held_out_losses)))
@@ -195,18 +199,28 @@ def test_no_refinement_measures_no_adapter(world: World, model: Model, out: Path
     assert not built.losses_alone and built.refined is None
 
 
-@pytest.mark.parametrize("weights", ["layer", "adapter"])
-def test_weights_may_be_shared(weights: str, world: World, model: Model, out: Path) -> None:
-    options = replace(SHORT, operator="uniform", weights=weights, force=True, passes=12)
+@pytest.mark.parametrize(("weights", "n_values"), [("tensor", 6), ("layer", 2), ("adapter", 1)])
+def test_weights_may_be_shared(
+    weights: str, n_values: int, world: World, model: Model, out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two layers of three adapted matrices each."""
+    real, seen = refining.write_combination, []
+
+    def spying(*arguments: Any, by_tensor: dict[str, np.ndarray], **more: Any) -> MergeReport:
+        seen.append(by_tensor)
+        return real(*arguments, by_tensor=by_tensor, **more)
+
+    monkeypatch.setattr(refining, "write_combination", spying)
+    options = replace(SHORT, operator="uniform", weights=weights, force=True, passes=6)
     built = run(model, world, world.helped, out, options)
-    assert built.chosen == "gradient"
-    rows = read_coefficients(told(out))
-    if weights == "adapter":
-        assert rows == {}
-        return
-    for by_tensor in rows.values():
-        layers = [{v for n, v in by_tensor.items() if n.startswith(f"blk.{i}.")} for i in (0, 1)]
-        assert [len(values) for values in layers] == [1, 1]
+    (by_tensor,) = seen
+    assert len(by_tensor) == 6 and built.refined is not None and built.refined.n_passes > 0
+    for i in range(builds.N_ADAPTERS):
+        assert len({row[i] for row in by_tensor.values()}) == n_values
+        if weights != "tensor":
+            first = {row[i] for name, row in by_tensor.items() if name.startswith("blk.0.")}
+            assert len(first) == 1
 
 
 def test_a_large_bank_is_cut_to_the_steepest(
@@ -272,12 +286,15 @@ def test_an_interrupt_keeps_the_state_and_the_same_build_ends_with_the_same_byte
     keeps: bool, world: World, model: Model, out: Path, tmp_path: Path
 ) -> None:
     options = replace(SHORT, passes=4, force=True)
+    default = DescentOptions()
+    n_seen = 16 - 16 // default.n_folds
+    n_units = default.n_folds * (math.ceil(n_seen / default.batch_size) + 1)
     whole = tmp_path / "whole.gguf"
     run(model, world, world.helped, whole.with_name(out.name), options)
-    ear = Ear(ON_COEFFICIENTS, 16, keeps=keeps)
+    ear = Ear(ON_COEFFICIENTS, n_units + 2, keeps=keeps)
     if keeps:
         built = run(model, world, world.helped, out, options, ear)
-        assert built.refined is not None and len(built.refined.held_out_losses) < 5
+        assert built.refined is not None and len(built.refined.held_out_losses) == 2
         assert "best so far" in ear.asked[0] and not list(out.parent.glob("*.refine"))
         return
     with pytest.raises(KeyboardInterrupt):
@@ -348,10 +365,11 @@ def test_few_shot_lora_from_scratch(world: World, model: Model, out: Path) -> No
 
 def test_an_interrupted_polish_goes_on(world: World, model: Model, out: Path) -> None:
     options = replace(SCRATCH, force=True)
+    n_steps = math.ceil(16 / PolishOptions().batch_size)
     run(model, world, world.helped, out, options)
     before = out.read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        run(model, world, world.helped, out, options, Ear(ON_FACTORS, 6))
+        run(model, world, world.helped, out, options, Ear(ON_FACTORS, n_steps + 1))
     assert out.read_bytes() == before and list(out.parent.glob("*.refine"))
     ear = Ear()
     run(model, world, world.helped, out, options, ear)
