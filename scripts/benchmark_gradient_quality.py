@@ -122,7 +122,7 @@ def measure_one(
     for row in rows:
         append(options.results, row)
         done[key_of(row)] = row
-        print(f"  {row['arm']}: {row['loss']} {row['exact']} {row['seconds']} s",
+        print(f"  {row['arm']}: {row['loss']} {row['exact']} {row['cpu_s']} s",
               file=sys.stderr, flush=True)  # fmt: skip
     for path in folder.glob("*.gguf"):
         path.unlink()
