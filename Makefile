@@ -6,11 +6,13 @@ PYTHON ?= python3
 TORCH ?= torch
 DEMO_ARGS ?=
 SERVE_ARGS ?=
+SOAK_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
 PARITY := .venv-parity/bin
+CLIENTS := .venv-clients/bin
 
 # Material for developers (trained adapters, datasets) that some tests use where it exists.
 ifneq ($(wildcard ../shared),)
@@ -18,7 +20,8 @@ export EDGELORA_SHARED ?= $(abspath ../shared)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-parity demo serve test test-parity check peers bench-report clean picture
+.PHONY: help setup setup-parity setup-clients demo serve test test-parity test-clients soak check \
+	peers bench-report clean picture
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -28,6 +31,9 @@ setup: ## make .venv (demo, serve and dev extras, no torch)
 
 setup-parity: ## make .venv-parity (with torch, transformers and PEFT)
 	@$(PYTHON) scripts/setup.py --venv .venv-parity --extras demo,dev,train --first "$(TORCH)"
+
+setup-clients: ## make .venv-clients (with OpenAI's client and others, no torch)
+	@$(PYTHON) scripts/setup.py --venv .venv-clients --extras demo,clients
 
 demo: setup ## build an adapter for an example, evaluate it, show an answer before and after
 	@$(BIN)/edgelora demo $(DEMO_ARGS)
@@ -43,6 +49,15 @@ test: setup ## the tests: no torch, no network, under three minutes
 test-parity: setup-parity ## comparisons with torch, PEFT and llama.cpp's converter
 	@EDGELORA_LLAMA_CPP="$$($(PARITY)/python scripts/fetch_llama_cpp_source.py)" && \
 	export EDGELORA_LLAMA_CPP && $(PARITY)/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
+
+test-clients: setup-clients ## the server with clients that others wrote, the page in Chromium
+	@command -v chromium >/dev/null || { echo "make test-clients needs chromium on the PATH" \
+	"(Debian, Ubuntu: apt-get install chromium)" >&2; exit 1; }
+	@test -f build/demo/returns.gguf || $(CLIENTS)/edgelora demo --quick
+	@$(CLIENTS)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+
+soak: setup ## 2,000 mixed requests to the server: no leak, no stuck slot, answers as alone
+	@$(BIN)/python scripts/soak.py $(SOAK_ARGS)
 
 check: setup ## the gate: ruff, mypy --strict, import direction
 	@$(BIN)/ruff check .
@@ -62,5 +77,5 @@ picture: setup ## docs/build.svg from a real build
 	@$(BIN)/python scripts/terminal_picture.py
 
 clean: ## remove environments, builds and caches
-	rm -rf .venv .venv-parity build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-parity .venv-clients build dist .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

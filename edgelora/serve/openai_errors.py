@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgelora.errors import (
@@ -35,6 +36,7 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _WHERE = ("body", "query", "path", "header", "cookie")
 
 
@@ -160,7 +162,9 @@ def install(app: FastAPI) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         answer = _from_http(error, f"{request.method} {request.url.path}").response()
-        answer.headers.update(error.headers or {})  # Allow, for 405
+        answer.headers.update(error.headers or {})
+        if error.status_code == 405:
+            answer.headers["Allow"] = _allowed(app, request.scope)
         return answer
 
     app.add_exception_handler(ApiError, on_any)
@@ -209,6 +213,16 @@ def _from_http(error: HTTPException, asked: str) -> ApiError:
     if error.status_code in (404, 405):
         return ApiError(error.status_code, f"Invalid URL or method ({asked})", code="unknown_url")
     return ApiError(error.status_code, str(error.detail))
+
+
+def _allowed(app: FastAPI, scope: Scope) -> str:
+    """Every method that a path takes; Starlette names those of one route, and each has its own."""
+
+    def takes(method: str) -> bool:
+        asked = {**scope, "method": method}
+        return any(route.matches(asked)[0] is Match.FULL for route in app.routes)
+
+    return ", ".join(filter(takes, _METHODS))
 
 
 def _field(error: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = ROOT / "build" / "demo" / "returns.gguf"
@@ -50,6 +51,8 @@ def serve(*arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Ser
         finally:
             process.kill()
             reader.join(10)
+            if process.stderr is not None:
+                process.stderr.close()
 
 
 def _read(process: subprocess.Popen[str], said: list[str]) -> None:
@@ -70,6 +73,11 @@ def _wait(process: subprocess.Popen[str], said: list[str]) -> str:
                 return match[0]
         time.sleep(0.05)
     raise RuntimeError(f"the server is not ready after {_READY_S:.0f} s:\n" + "".join(said))
+
+
+def asked(text: str) -> Any:
+    """A conversation of one question."""
+    return [{"role": "user", "content": text}]
 
 
 def held_out(n: int) -> list[dict[str, str]]:

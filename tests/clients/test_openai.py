@@ -9,26 +9,10 @@ from typing import Any
 
 import openai
 import pytest
-from server_process import ADAPTER, BASE_ID, held_out, serve
+from server_process import ADAPTER, BASE_ID, asked, held_out, serve
 
 pytestmark = pytest.mark.clients
 
-WEATHER: Any = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "city": {"type": "string", "maxLength": 30},
-                "unit": {"type": "string", "enum": ["C", "F"]},
-            },
-            "required": ["city", "unit"],
-            "additionalProperties": False,
-        },
-    },
-}
 GREEDY: Any = {"temperature": 0.0, "max_tokens": 24}
 
 
@@ -36,11 +20,6 @@ GREEDY: Any = {"temperature": 0.0, "max_tokens": 24}
 def client(url: str) -> openai.OpenAI:
     """The client as its documentation configures it for another server."""
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-
-def asked(text: str) -> Any:
-    """A conversation of one question."""
-    return [{"role": "user", "content": text}]
 
 
 def test_models_are_the_base_and_the_adapter(client: openai.OpenAI) -> None:
@@ -132,9 +111,10 @@ def test_embeddings_are_of_unit_length_and_near_for_like_texts(client: openai.Op
     assert dot(rows[0], rows[1]) > dot(rows[0], rows[2])
 
 
-def test_a_tool_is_called_and_its_result_taken(client: openai.OpenAI) -> None:
+def test_a_tool_is_called_and_its_result_taken(client: openai.OpenAI, weather: Any) -> None:
     conversation = asked("What is the weather in Rome, in C?")
-    ask: Any = {"model": BASE_ID, "tools": [WEATHER], "temperature": 0.0, "max_tokens": 120}
+    ask: Any = {"model": BASE_ID, "tools": [weather], "temperature": 0.0, "max_tokens": 120}
+    ask["parallel_tool_calls"] = False  # this small model goes on calling
     first = client.chat.completions.create(
         messages=conversation, tool_choice="required", **ask
     ).choices[0]
@@ -149,9 +129,9 @@ def test_a_tool_is_called_and_its_result_taken(client: openai.OpenAI) -> None:
     assert then.choices[0].message.content
 
 
-def test_a_streamed_tool_call_is_the_same(client: openai.OpenAI) -> None:
+def test_a_streamed_tool_call_is_the_same(client: openai.OpenAI, weather: Any) -> None:
     ask: Any = {
-        "model": BASE_ID, "messages": asked("Weather in Oslo?"), "tools": [WEATHER],
+        "model": BASE_ID, "messages": asked("Weather in Oslo?"), "tools": [weather],
         "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
         "temperature": 0.0, "max_tokens": 120,
     }  # fmt: skip
@@ -168,8 +148,8 @@ def test_a_streamed_tool_call_is_the_same(client: openai.OpenAI) -> None:
     assert reasons[-1] == "tool_calls"
 
 
-def test_a_schema_shapes_the_answer(client: openai.OpenAI) -> None:
-    schema = WEATHER["function"]["parameters"]
+def test_a_schema_shapes_the_answer(client: openai.OpenAI, weather: Any) -> None:
+    schema = weather["function"]["parameters"]
     answer = client.chat.completions.create(
         model=BASE_ID,
         messages=asked("Where is it warm?"),
@@ -181,7 +161,7 @@ def test_a_schema_shapes_the_answer(client: openai.OpenAI) -> None:
 
 
 def test_responses(client: openai.OpenAI) -> None:
-    ask: Any = {"model": ADAPTER.stem, "input": "Say hello.", "temperature": 0.0}
+    ask: Any = {"model": ADAPTER.stem, "input": held_out(1)[0]["prompt"], "temperature": 0.0}
     whole = client.responses.create(max_output_tokens=16, **ask)
     with client.responses.stream(max_output_tokens=16, **ask) as stream:
         streamed = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
