@@ -156,6 +156,7 @@ def test_tokenize_takes_control_strings_for_text(client: httpx.Client, server: R
         ("/detokenize", {"tokens": ["1"]}, "tokens[0]"),
         ("/tokenize", {"content": 5}, "content"),
         ("/tokenize", {}, "content"),
+        ("/tokenize", {"content": "a", "add_special": 0}, "add_special"),
         ("/tokenize", [], None),
     ],
 )
@@ -177,6 +178,8 @@ def test_unknown_urls_and_methods_are_openai_errors(client: httpx.Client) -> Non
     assert (unknown.status_code, wrong.status_code) == (404, 405)
     assert "GET /v1/nothing" in error_of(unknown)["message"]
     assert error_of(wrong)["code"] == "unknown_url" and wrong.headers["allow"] == "GET"
+    several = {path: client.put(path).headers["allow"] for path in ("/v1/adapters", "/")}
+    assert several == {"/v1/adapters": "GET, POST", "/": "GET, HEAD"}  # by routes of their own
 
 
 def test_the_document_names_every_status_and_no_422(client: httpx.Client) -> None:

@@ -70,7 +70,7 @@ class AdapterList(BaseModel):
 class NewAdapter(BaseModel):
     """A file of the adapter folder."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     path: str = Field(min_length=1, max_length=1024, description="Inside the adapter folder.")
     name: str | None = Field(
@@ -90,7 +90,7 @@ class Deleted(BaseModel):
 class Content(BaseModel):
     """A text; control strings in it are text."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     content: Annotated[str, AfterValidator(encodable)]
     add_special: bool = Field(default=False, description="Begin with BOS, where the base has it.")

@@ -241,7 +241,7 @@ def _are_ids(items: list[Any]) -> bool:
     return all(type(item) is int for item in items)
 
 
-_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 Prompts = Annotated[
     Any,
     BeforeValidator(_prompts),

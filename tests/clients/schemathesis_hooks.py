@@ -2,7 +2,7 @@
 
 Names of models and files that are made up become real ones in half of the requests. Requests that
 agree with the document are made to agree with themselves too (an answer's length with the context,
-`top_logprobs` with `logprobs`), or few would reach the engine. What is wrong on purpose stays wrong.
+`top_logprobs` with `logprobs`), or few would reach the engine. What is wrong on purpose stays so.
 """
 
 from __future__ import annotations
