@@ -4,7 +4,7 @@
         --base smollm2-135m-instruct --bank models/bank --data ../shared/lab/bank --exact
     python scripts/benchmark_gradient_quality.py RESULTS.jsonl --name tiny \\
         --base ../shared/lab/base-q8_0.gguf --peft --data ../shared/lab/bank --n-tasks 0
-    python scripts/benchmark_gradient_quality.py RESULTS.jsonl --report
+    python scripts/benchmark_gradient_quality.py RESULTS.jsonl --report [--picture SVG]
 
 For each task, drawn by --seed of the tasks, the bank loses every adapter whose source dataset is
 the task's (leave one source out); --labels lines of train.jsonl are what a person would bring, and
@@ -51,6 +51,10 @@ def main() -> None:
     done = read_results(options.results)
     if not options.report:
         measure(options, done)
+    if options.picture:
+        from gradient_quality.picture import draw
+
+        draw(done, options.picture)
     print(report(done))
 
 
@@ -58,6 +62,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--report", action="store_true", help="only print the tables")
+    parser.add_argument("--picture", type=Path, help="draw loss against passes into this SVG")
     parser.add_argument("--name", default="smollm2", help="of the bed, in the lines")
     parser.add_argument("--base", default="smollm2-135m-instruct")
     parser.add_argument("--type", help="measure a copy of the base of this type, e.g. q8_0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgelora.serve.batching import MIN_CHUNK, PromptSpeed, Turns, share
+from edgelora.serve.batching import ROWS, RowSpeed, Turns, prompt_tokens, share
 
 
 class Clock:
@@ -68,15 +68,23 @@ def test_half_is_for_the_oldest_and_the_rest_for_the_shortest(
 
 
 def test_the_speed_is_learned() -> None:
-    speed = PromptSpeed()
-    unknown = speed.n_tokens_in(1.0)
-    assert MIN_CHUNK <= unknown <= 512
-    speed.learn(100, 0, 1.0)
-    assert speed.n_tokens_in(1.0) == 100
-    assert speed.n_tokens_in(0.25) == 25
-    assert speed.n_tokens_in(0.001) == MIN_CHUNK
-    speed.learn(0, 4, 0.5)  # what decoding takes beside a prompt is known now
-    speed.learn(100, 4, 1.5)
-    assert speed.n_tokens_in(1.0) == 100
-    speed.learn(1, 0, 99.0)  # a single token says nothing
-    assert speed.n_tokens_in(1.0) == 100
+    speed = RowSpeed()
+    unknown = speed.n_rows_in(1.0)
+    assert ROWS <= unknown <= 512 and unknown % ROWS == 0
+    speed.learn(210, 1.0)
+    assert speed.n_rows_in(1.0) == 208  # the nearest multiple
+    assert speed.n_rows_in(0.25) == 48
+    assert speed.n_rows_in(0.001) == ROWS
+    speed.learn(1, 99.0)  # a single token says nothing of a prompt
+    assert speed.n_rows_in(1.0) == 208
+    speed.learn(100, 1.0)  # half as fast: it is followed, not at once
+    assert 100 < speed.n_rows_in(1.0) < 208
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "beside", "n"),
+    [(32, 0, 32), (32, 7, 25), (16, 8, 8), (16, 9, 23), (16, 64, 16), (64, 40, 24)],
+)
+def test_a_batch_is_filled_with_prompts(n_rows: int, beside: int, n: int) -> None:
+    assert prompt_tokens(n_rows, beside) == n
+    assert (beside + n) % ROWS == 0

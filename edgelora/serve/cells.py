@@ -8,12 +8,15 @@ from collections.abc import Callable, Hashable, Sequence
 from edgelora.engine.context import Context
 from edgelora.serve.counters import Counters
 from edgelora.serve.jobs import Limits
+from edgelora.serve.memory import token_bytes
 from edgelora.serve.prefixes import Prefixes, Tokens
 from edgelora.serve.stored import Entry, Stored
 
-# Every decode looks at every cell in use (flash attention skips those of others, but one by one):
-# on two cores a thousand of them cost a 1.1B model 1 % of its speed, and SmolLM2 4 %.
+# Every row looks at every cell up to the last in use (flash attention skips those of others, but one
+# by one): on two cores a thousand of them cost a 1.1B model 1 % of its speed and SmolLM2 4 %, and
+# several times that where many requests run. They stay only if memory cannot hold many of them.
 _MAX_FINISHED = 1024
+_ROOMY = 4 * _MAX_FINISHED
 _WORTH_LOADING = 16  # tokens more than the KV cache itself shares
 
 
@@ -34,6 +37,9 @@ class Cells:
             limits.n_cached_sequences,
             self._put_aside,
         )
+        n_storable = limits.cache_bytes / token_bytes(context.model.base, limits.kv_type)
+        is_roomy = not self.stored.is_off and n_storable >= _ROOMY
+        self._most_finished = 0 if is_roomy else _MAX_FINISHED
         self._context = context
         self._counters = counters
 
@@ -54,7 +60,7 @@ class Cells:
             self._context.copy_sequence(start.source, start.sequence, start.n_kept)
         elif start.truncate:
             self._context.truncate(start.sequence, start.n_kept)
-        self._remove(self.prefixes.trim(_MAX_FINISHED))
+        self._remove(self.prefixes.trim(self._most_finished))
         return start.sequence, start.n_kept
 
     def finish(self, number: int) -> None:

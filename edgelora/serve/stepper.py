@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgelora.engine.context import Context
 from edgelora.errors import Aborted, ContextFull, EdgeLoRAError, EngineError
-from edgelora.serve.batching import ALONE_S, MIXED_S, PromptSpeed, Turns, share
+from edgelora.serve.batching import ALONE_S, MIXED_S, RowSpeed, Turns, prompt_tokens, share
 from edgelora.serve.cells import Cells
 from edgelora.serve.counters import Counters
 from edgelora.serve.jobs import AdapterSet, Draining
@@ -47,7 +47,7 @@ class Stepper:
         adapter_key: Callable[[AdapterSet], Hashable],
     ) -> None:
         self.running: list[Request] = []
-        self.speed = PromptSpeed()
+        self.speed = RowSpeed()
         self.cells = cells
         self._context = context
         self._counters = counters
@@ -123,7 +123,8 @@ class Stepper:
                 shares.append(_Share(request, batch.n_tokens, 1, batch.n_outputs, 1))
                 batch.add(request.next_token, request.n_done, request.sequence, True)
         reading = [r for r in group if not r.is_decoding and self._has_begun(r, group)]
-        budget = self.speed.n_tokens_in(MIXED_S if self.is_generating else ALONE_S)
+        n_rows = self.speed.n_rows_in(MIXED_S if self.is_generating else ALONE_S)
+        budget = prompt_tokens(n_rows, batch.n_tokens)
         budget = min(budget, self._context.n_batch - batch.n_tokens)
         for request, n in zip(reading, share([r.n_left for r in reading], budget), strict=True):
             self._read(request, n, shares)
@@ -195,7 +196,7 @@ class Stepper:
         elapsed_s = time.perf_counter() - started_s
         n_decoding = sum(share.request.is_decoding for share in shares)
         n_prompt = self._context.batch.n_tokens - n_decoding
-        self.speed.learn(n_prompt, n_decoding, elapsed_s)
+        self.speed.learn(self._context.batch.n_tokens, elapsed_s)
         self._counters.decode_calls += 1
         self._counters.decode_s += elapsed_s
         self._counters.prompt_tokens += n_prompt
