@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -37,9 +38,11 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     rounds = options.rounds or (1 if options.quick else 5)
     models = (small_model(options.folder), shaped_model(options.folder, options.shape))
-    run = Run(peers, models, options.folder, options.threads, rounds, options.quick)
+    all_models = Run(peers, models, options.folder, options.threads, rounds, options.quick)
+    chosen = replace(all_models, models=tuple(m for m in models if options.model in m.name))
     met = True
     for part in options.only:
+        run = chosen if part in ("parallel", "single", "prefix") else all_models
         say(f"{part} ({rounds} rounds, load {os.getloadavg()[0]:.2f})")
         for row in importlib.import_module(f"serve_benchmark.{part}").run(run):
             row = row | about(run)
@@ -58,6 +61,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "shapes")
     parser.add_argument("--shape", default=SHAPE, help="of the larger model (make_shape.py)")
+    parser.add_argument("--model", default="", help="a part of one's name, where a part has two")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--rounds", type=int, default=0, help="default: 5, with --quick 1")
     parser.add_argument("--quick", action="store_true", help="small counts, nothing is kept")

@@ -226,6 +226,23 @@ def test_what_left_the_kv_cache_is_copied_back(model: Model, sets: list[AdapterS
         assert ask(scheduler, Job(first, max_tokens=1)).prefilled.n_cached == len(first) - 1
 
 
+@pytest.mark.parametrize(
+    ("cache_bytes", "kept"), [(256 << 20, (1, 1)), (100_000, (2, 0))], ids=["roomy", "small"]
+)
+def test_finished_requests_leave_the_kv_cache_where_memory_holds_them(
+    model: Model, cache_bytes: int, kept: tuple[int, int]
+) -> None:
+    with scheduling(model, n_cached_sequences=8, cache_bytes=cache_bytes) as scheduler:
+        for text in (SYSTEM, f"was {SYSTEM}"):
+            ask(scheduler, Job(ids(model, text), max_tokens=4))
+        stats = scheduler.stats()
+        assert (stats.cached_sequences, stats.stored_sequences) == kept
+        again = Job(ids(model, SYSTEM), max_tokens=4)
+        answer = ask(scheduler, again)
+        assert answer.prefilled.n_cached == len(again.prompt) - 1
+        assert answer.text == alone(model, again)
+
+
 def test_nothing_is_copied_for_layers_that_see_a_window(tmp_path: Path) -> None:
     path = pico.write_base(tmp_path / "base.gguf")
     with open_model(path, ModelOptions(n_threads=1)) as model:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 QUANTUM_S = 0.15  # of one adapter set, while others have work too
 MIXED_S = 0.25  # a batch in which somebody waits for the next token
-ALONE_S = 1.0  # a batch of prompts only: a cancelled one is noticed after it
-# llama.cpp's products take rows by 16, then by 4, then one by one, each time with all weights: on two
-# cores a 1.1B model needs 0.11 s for 8 rows, 0.12 s for 16 and 0.16 s for 18.
+ALONE_S = 1.0  # another batch with prompts: a request that comes waits for it
+# llama.cpp's products take rows by 16, then by 4, then one by one, each time with all weights: on
+# two cores a 1.1B model needs 0.11 s for 8 rows, 0.13 s for 16, 0.28 s for 30 and 0.27 s for 32.
 ROWS = 16
 _FIRST_ROWS = 64  # while the speed is not known
 

@@ -12,9 +12,9 @@ from edgelora.serve.memory import token_bytes
 from edgelora.serve.prefixes import Prefixes, Tokens
 from edgelora.serve.stored import Entry, Stored
 
-# Every row looks at every cell up to the last in use (flash attention skips those of others, but one
-# by one): on two cores a thousand of them cost a 1.1B model 1 % of its speed and SmolLM2 4 %, and
-# several times that where many requests run. They stay only if memory cannot hold many of them.
+# Every row looks at every cell up to the last in use (flash attention skips those of others, but
+# one by one): on two cores a thousand of them cost a 1.1B model 1 % of its speed and SmolLM2 4 %,
+# and several times that where many requests run. They stay only if memory cannot hold many of them.
 _MAX_FINISHED = 1024
 _ROOMY = 4 * _MAX_FINISHED
 _WORTH_LOADING = 16  # tokens more than the KV cache itself shares

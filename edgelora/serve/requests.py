@@ -34,6 +34,7 @@ class Request:
         prompt: (n,) int32.
         sequence: its id in the KV cache; None before its prompt is begun.
         n_done: tokens in the KV cache.
+        is_streamed: whether its pieces are sent as they come.
         next_token: drawn, but not computed yet; None while the prompt is read.
         leader: another request whose prompt is being read, and how much of it this one shares.
         reason: how it ended, once it has.
@@ -52,7 +53,7 @@ class Request:
         self.reason: str | None = None
         self.submitted_s = time.monotonic()
         self.started_s = self.prefilled_s = 0.0
-        self._emit, self._streamed, self._pieces = emit, streamed, pieces
+        self._emit, self.is_streamed, self._pieces = emit, streamed, pieces
         self._text = AnswerText(job.stop)
         self._last: Finished | None = None
         self._gathered: list[str] = []
@@ -141,7 +142,7 @@ class Request:
         tokens = self._text.tokens(every=every) if self.job.n_logprobs is not None else ()
         if not text and not tokens:
             return
-        if self._streamed:
+        if self.is_streamed:
             self.emit(Piece(text, tokens))
         else:
             self._gathered.append(text)

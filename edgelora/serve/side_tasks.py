@@ -136,7 +136,7 @@ class SideTasks:
             yield from embed_in_steps(
                 self._hidden,
                 texts,
-                lambda: stepper.speed.n_rows_in(MIXED_S if stepper.is_generating else ALONE_S),
+                lambda: stepper.speed.n_rows_in(MIXED_S if stepper.is_watched else ALONE_S),
             )
         )
 

@@ -56,9 +56,9 @@ class Stepper:
         self._applied: Hashable = None
 
     @property
-    def is_generating(self) -> bool:
-        """Whether somebody waits for the next token of an answer."""
-        return any(request.is_decoding for request in self.running)
+    def is_watched(self) -> bool:
+        """Whether somebody waits for the next token of an answer, not only for the whole."""
+        return any(request.is_decoding and request.is_streamed for request in self.running)
 
     def admit(self, request: Request) -> None:
         """Give a request a slot."""
@@ -123,7 +123,7 @@ class Stepper:
                 shares.append(_Share(request, batch.n_tokens, 1, batch.n_outputs, 1))
                 batch.add(request.next_token, request.n_done, request.sequence, True)
         reading = [r for r in group if not r.is_decoding and self._has_begun(r, group)]
-        n_rows = self.speed.n_rows_in(MIXED_S if self.is_generating else ALONE_S)
+        n_rows = self.speed.n_rows_in(MIXED_S if self.is_watched else ALONE_S)
         budget = prompt_tokens(n_rows, batch.n_tokens)
         budget = min(budget, self._context.n_batch - batch.n_tokens)
         for request, n in zip(reading, share([r.n_left for r in reading], budget), strict=True):

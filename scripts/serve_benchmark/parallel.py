@@ -1,17 +1,24 @@
-"""Eight clients at once: tokens a second and the last client's first token, beside the peers'."""
+"""Eight clients at once: tokens a second and the last client's first token, beside the peers'.
+
+In every round each server is a process of its own that has just been started, in turn the first, as
+in `single`: how fast a process is differs by some percent with where its pages lie.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 from serve_benchmark import servers
-from serve_benchmark.clients import Answer, Ask, ask_all, ask_once, counters
+from serve_benchmark.clients import Answer, Ask, ask_all, counters
 from serve_benchmark.facts import SMALL, Model, Row, Run, say, spread, target
 from serve_benchmark.prompts import Prompt
 
 N_CLIENTS, N_PROMPT = 8, 128
+REST_S = 3  # after a process that has given a gigabyte back
 MODES = {False: "whole", True: "streamed"}
 
 
@@ -19,7 +26,7 @@ MODES = {False: "whole", True: "streamed"}
 class _System:
     """One server with or without an adapter, and what was measured of it."""
 
-    running: servers.Running
+    name: str
     adapter: str = ""
     asked: tuple[tuple[str, float], ...] | None = None
     total_s: dict[bool, list[float]] = field(default_factory=lambda: {False: [], True: []})
@@ -28,12 +35,20 @@ class _System:
 
     def row(self) -> Row:
         """What is kept of it."""
-        row: Row = {"system": self.running.name, "adapter": self.adapter}
+        row: Row = {"system": self.name, "adapter": self.adapter}
         for streamed, mode in MODES.items():
             row[mode] = spread(self.total_s[streamed])
             if self.host_us[streamed]:
                 row[f"{mode}_python_us"] = spread(self.host_us[streamed])
         return row | {"eighth_first_s": spread(self.first_s)}
+
+
+@dataclass(frozen=True)
+class _Server:
+    """How a server is started, and what is measured of it while it runs."""
+
+    start: Callable[[], AbstractContextManager[servers.Running]]
+    systems: tuple[_System, ...]
 
 
 def run(run: Run) -> Iterator[Row]:
@@ -45,21 +60,21 @@ def _model(run: Run, model: Model) -> Row:
     n_tokens = 8 if run.quick else 64
     setting = run.setting(model, n_slots=N_CLIENTS, n_ctx=256)
     bench: dict[bool, list[float]] = {False: [], True: []}
-    with run.maker(model, seed=1) as maker, _systems(run, model) as systems:
-        for system in systems:
-            ask_once(system.running.port, system.running.protocol, Ask(maker.read("hello"), 4))
+    compared = _servers(run, model)
+    with run.maker(model, seed=1) as maker:
         for number in range(run.rounds):
             for unified in bench:
                 speed = servers.batched_bench(
                     run.peers, setting, N_PROMPT, n_tokens, unified=unified
                 )
                 bench[unified].append(speed)
-            for streamed in MODES:
-                prompts = maker.prompts(N_CLIENTS, N_PROMPT)
-                for i in range(len(systems)):
-                    _measure(systems[(i + number) % len(systems)], prompts, n_tokens, streamed)
+            prompts = {streamed: maker.prompts(N_CLIENTS, N_PROMPT) for streamed in MODES}
+            for i in range(len(compared)):
+                server = compared[(i + number) % len(compared)]
+                _measure_server(server, maker.read("hello"), prompts, n_tokens)
+                time.sleep(0 if run.quick else REST_S)
             say(f"  {model.name}: round {number + 1} of {run.rounds}")
-        rows = [system.row() for system in systems]
+    rows = [system.row() for server in compared for system in server.systems]
     rows += [
         {"system": "llama-batched-bench" + " --kv-unified" * unified, "adapter": "",
          "whole": spread(speeds)}
@@ -70,36 +85,48 @@ def _model(run: Run, model: Model) -> Row:
     return row | {"targets": _targets(model, rows)}
 
 
-@contextlib.contextmanager
-def _systems(run: Run, model: Model) -> Iterator[list[_System]]:
-    """Every server of the comparison, started and ready."""
+def _servers(run: Run, model: Model) -> list[_Server]:
+    """Every server of the comparison; ours has the adapter beside the base, llama-server or not."""
     setting = run.setting(model, n_slots=N_CLIENTS, n_ctx=256)
     adapter = model.combined
-    with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(servers.edgelora(setting, [adapter]))
-        systems = [
-            _System(ours, asked=()),
-            _System(ours, adapter.stem, asked=((adapter.stem, 1.0),)),
-        ]
-        for unified in (False, True):
-            for adapters in ([], [adapter]):
-                theirs = servers.llama_server(
-                    run.peers, setting, adapters, unified=unified, cache=False
-                )
-                name = adapter.stem if adapters else ""
-                systems.append(_System(stack.enter_context(theirs), name))
-        python = stack.enter_context(servers.llama_cpp_server(run.peers, setting))
-        yield [*systems, _System(python)]
+    systems = (_System("edgelora", "", ()),
+               _System("edgelora", adapter.stem, ((adapter.stem, 1.0),)))  # fmt: skip
+    found = [_Server(partial(servers.edgelora, setting, [adapter]), systems)]
+    for unified in (False, True):
+        for adapters in ([], [adapter]):
+            start = partial(
+                servers.llama_server, run.peers, setting, adapters, unified=unified, cache=False
+            )
+            name = "llama-server" + " --kv-unified" * unified
+            found.append(_Server(start, (_System(name, adapter.stem if adapters else ""),)))
+    python = partial(servers.llama_cpp_server, run.peers, setting)
+    return [*found, _Server(python, (_System("llama_cpp.server"),))]
 
 
-def _measure(system: _System, prompts: list[Prompt], n_tokens: int, streamed: bool) -> None:
-    """One round of one system: all clients at once."""
-    running = system.running
+def _measure_server(
+    server: _Server, warm_up: Prompt, prompts: dict[bool, list[Prompt]], n_tokens: int
+) -> None:
+    """One round of one server: all clients at once, whole answers and then streams."""
+    with server.start() as running:
+        for system in server.systems:
+            ask_all(running.port, running.protocol, [Ask(warm_up, 4, adapters=system.asked)] * 2)
+        for streamed in MODES:
+            for system in server.systems:
+                _measure(running, system, prompts[streamed], n_tokens, streamed)
+
+
+def _measure(
+    running: servers.Running,
+    system: _System,
+    prompts: list[Prompt],
+    n_tokens: int,
+    streamed: bool,
+) -> None:
     asks = [Ask(prompt, n_tokens, streamed, system.asked) for prompt in prompts]
     before = counters(running.port)
     answers = ask_all(running.port, running.protocol, asks)
     after = counters(running.port)
-    _check(running.name, answers, n_tokens)
+    _check(system.name, answers, n_tokens)
     elapsed_s = max(a.done for a in answers) - min(a.sent for a in answers)
     system.total_s[streamed].append(len(answers) * (N_PROMPT + n_tokens) / elapsed_s)
     if streamed:
