@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pico
+import pytest
 
 from edgelora.adapters.base import read_base
 from edgelora.bank import Facts, open_bank
@@ -45,6 +47,14 @@ class World:
     hopeless: Path
     deceptive: Path
     unanswered: Path
+
+
+@contextlib.contextmanager
+def own_world(folder: Path) -> Iterator[World]:
+    """A world in `folder`, made with a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGELORA_CACHE", str(folder / "cache"))
+        yield make_world(folder)
 
 
 def make_world(folder: Path) -> World:

@@ -38,10 +38,8 @@ ON_FACTORS = "gradient steps on factors, tokens"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGELORA_CACHE", str(folder / "cache"))
-        yield builds.make_world(folder)
+    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
+        yield world
 
 
 @pytest.fixture(scope="module")

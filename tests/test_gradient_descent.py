@@ -97,8 +97,18 @@ def test_the_penalty_pulls_back_to_the_start() -> None:
     assert after.values == pytest.approx([1.3])
 
 
+def test_sparsity_pulls_to_zero_and_no_further() -> None:
+    track = begin(np.array([0.5, -0.5, 0.03, -0.03]))
+    after = advance(track, np.zeros(4), track.values, Adam(step=0.1, sparsity=0.4))
+    assert after.values == pytest.approx([0.46, -0.46, 0.0, 0.0])
+    moved = advance(track, np.array([-1.0, 0, 0, 0]), track.values, Adam(step=0.1, sparsity=0.4))
+    assert moved.values[0] == pytest.approx(0.5 + 0.1 - 0.04)
+
+
 def test_float32_stays_float32() -> None:
-    track = advance(begin(np.ones(2, np.float32)), np.ones(2, np.float32), np.ones(2), Adam(0.1))
+    adam = Adam(0.1, penalty=0.1, sparsity=0.1)
+    ones = np.ones(2, np.float32)
+    track = advance(begin(ones), ones, ones, adam)
     assert {a.dtype for a in (track.mean, track.square)} == {np.dtype(np.float32)}
     assert track.values.dtype == np.float32
 

@@ -1,4 +1,4 @@
-"""Adam: steps whose size does not depend on that of the gradient, and a pull towards the start."""
+"""Adam: steps whose size does not depend on that of the gradient; pulls to the start and to 0."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ class Adam:
         momentum: the share of the last steps' mean gradient that is kept (beta 1).
         memory: the same of their squares (beta 2).
         penalty: the pull towards the start, as a share of the way back for each unit of `step`.
+        sparsity: the pull of an L1 penalty towards 0, where values stay, for each unit of `step`.
     """
 
     step: float
     momentum: float = 0.9
     memory: float = 0.999
     penalty: float = 0.0
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +50,11 @@ def advance(track: Track, gradient: Array, start: Array, adam: Adam) -> Track:
 
         m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
         w = w - step ((m / (1 - b1^t)) / sqrt(v / (1 - b2^t)) + penalty (w - start))
+        w = sign(w) max(0, |w| - step sparsity)
 
     Adam (arXiv:1412.6980, algorithm 1) with a decoupled pull (arXiv:1711.05101, algorithm 2), here
-    towards the start in place of zero. A value whose gradient was always 0 only follows the pull.
+    towards the start in place of zero, and the proximal step of an L1 penalty. A value whose
+    gradient was always 0 only follows the pulls.
 
     Args:
         gradient, start: of the shape and dtype of the track's values.
@@ -63,4 +67,7 @@ def advance(track: Track, gradient: Array, start: Array, adam: Adam) -> Track:
     move = scale * mean / (np.sqrt(square) + kind(_TINY))
     if adam.penalty:
         move += kind(adam.penalty) * (track.values - start)
-    return Track(track.values - kind(adam.step) * move, mean, square, n)
+    values = track.values - kind(adam.step) * move
+    if adam.sparsity:
+        values = np.sign(values) * np.maximum(np.abs(values) - kind(adam.step * adam.sparsity), 0)
+    return Track(values, mean, square, n)

@@ -33,7 +33,7 @@ class DescentOptions:
             whole "adapter".
         n_passes: over the examples, at most.
         batch_size: examples a step; 0 for all.
-        step, momentum, memory, penalty: see adam.Adam.
+        step, momentum, memory, penalty, sparsity: see adam.Adam.
         n_folds: of the cross-validation that stops the descent, one for each example if there are
             fewer; 0 runs all passes.
         patience: passes without a better held-out loss after which it stops.
@@ -47,6 +47,7 @@ class DescentOptions:
     batch_size: int = 2
     step: float = 0.03
     penalty: float = 0.0
+    sparsity: float = 0.0
     n_folds: int = 2
     seed: int = 0
     objective: str = "loss"
@@ -191,7 +192,9 @@ def _minimisation(
         decoder=decoder,
         variables=variables,
         examples=texts,
-        adam=Adam(options.step, options.momentum, options.memory, options.penalty),
+        adam=Adam(
+            options.step, options.momentum, options.memory, options.penalty, options.sparsity
+        ),
         schedule=_schedule(options, len(texts)),
         passes=replace(passes or PassOptions(), objective=measure),
         key=fingerprint("coefficients", base, files, texts, variables.start, course),
