@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Response, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Response, Route, expect, sync_playwright
 from serving import running_server
 
 from edgelora import bases
@@ -409,6 +409,28 @@ def test_a_key_is_asked_for_and_kept(browser: Browser) -> None:
             ask(page, QUESTION)
             assert len(answers(page)[0]) > 0
             assert page.evaluate("localStorage.length + document.cookie.length") == 0
+
+
+def test_a_late_refusal_of_an_earlier_key_changes_nothing(browser: Browser) -> None:
+    held: list[Route] = []
+
+    def hold_the_wrong_key(route: Route) -> None:
+        is_wrong = route.request.headers.get("authorization") == "Bearer wrong"
+        held.append(route) if is_wrong else route.continue_()
+
+    with running_server(SMOLLM2, base_id=BASE, n_ctx=512, n_slots=1, api_keys=("secret",)) as url:
+        for page in watched(browser, url, "status of 401"):
+            page.route("**/v1/models", hold_the_wrong_key)
+            for key in ("wrong", "secret"):
+                page.get_by_label("API key").fill(key)
+                page.keyboard.press("Enter")
+            expect(page.get_by_label("Model", exact=True)).to_have_value(BASE)
+            with page.expect_response("**/v1/models") as refusal:
+                held[0].continue_()
+            assert refusal.value.status == 401
+            refusal.value.finished()
+            page.evaluate("new Promise(requestAnimationFrame)")
+            expect(page.get_by_label("API key")).to_be_hidden()
 
 
 def choose_only(page: Page) -> None:

@@ -11,18 +11,24 @@ const ENDS = { stop: "complete", stopped: "stopped by you", failed: "not complet
 let models = [];
 let running = null; // the AbortController of the answers that are being streamed
 let conversations = {}; // by model: the messages that this model has seen
+let attempts = 0; // to list the models: only the latest one's reply counts
 
 async function start() {
+  const attempt = ++attempts;
   part("retry").hidden = true;
+  let found;
   try {
-    models = await listModels();
+    found = await listModels();
   } catch (error) {
+    if (attempt !== attempts) return;
     report(error);
     const isLoading = error.code === "not_ready";
     if (isLoading) setTimeout(start, 1000);
     part("retry").hidden = isLoading || error.status === 401;
     return;
   }
+  if (attempt !== attempts) return;
+  models = found;
   report(null);
   const ids = models.map(({ id }) => [id, id]);
   if (models.some(isAdapter)) ids.push(["auto", "auto: what fits the message"]);
