@@ -10,8 +10,8 @@ of the clients goes away: while sending, while waiting, or in the stream. Checke
 - every other answer: equal to the one that the engine gives alone, from an empty context:
   log-probabilities within 1e-3, and the same text unless the two best tokens were closer than that
   (counted; for a drawn text: unless noise of 1e-3 on the logits gives it alone too);
-- private memory (RssAnon): within 2 % of that after the warm-up, which is the first quarter of the
-  requests and at least each distinct one once;
+- private memory (RssAnon) that is kept: within 2 % of that after the warm-up, which is the first
+  quarter of the requests and at least each distinct one once;
 - the end: no slot is taken, nothing waits, and all slots answer at once.
 
 The base is an F32 copy of the file and the KV cache is F32: on quantised weights the shape of a
@@ -76,7 +76,7 @@ class Outcome:
 
     verdicts: list[tuple[str, Verdict]] = field(default_factory=list)
     n_left: Counter[str] = field(default_factory=Counter)
-    memory: tuple[float, float] = (0.0, 0.0)
+    memory: tuple[int, int] = (0, 0)
     counted: dict[str, float] = field(default_factory=dict)
     elapsed_s: float = 0.0
     problems: list[str] = field(default_factory=list)

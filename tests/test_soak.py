@@ -124,6 +124,8 @@ def test_embeddings_and_refusals_are_held_to_what_was_to_come() -> None:
 def test_memory_is_compared_after_the_warm_up() -> None:
     samples = [(n, 50 * MB if n < 25 else (100 + n // 10) * MB) for n in range(101)]
     assert growth(samples, 100, 30) == (103 * MB, 109 * MB)
-    assert growth(samples, 100, 10) == (102.5 * MB, 109 * MB)
+    assert growth(samples, 100, 10) == (102 * MB, 109 * MB)
+    passing = [(n, size + (30 * MB if n % 3 else 0)) for n, size in samples]
+    assert growth(passing, 100, 30) == (103 * MB, 109 * MB)
     with pytest.raises(SystemExit, match="too few"):
         growth([(1, MB)], 10, 5)
