@@ -158,10 +158,12 @@ class Server:
     def _open(self) -> None:
         from edgelora.engine.model import ModelOptions, open_model
         from edgelora.serve.jobs import Limits
+        from edgelora.serve.memory import return_large_blocks
         from edgelora.serve.routing import open_router
         from edgelora.serve.scheduler import Scheduler
 
         s = self.settings
+        return_large_blocks()
         options = ModelOptions(n_threads=s.n_threads, low_ram=s.low_ram, mlock=s.mlock)
         self._model = self._opened.enter_context(open_model(s.base, options))
         for warning in self._model.warnings:
