@@ -41,6 +41,7 @@ def test_a_run_answers_all_as_alone(
 ) -> None:
     soak = load("soak")
     monkeypatch.setattr(soak, "N_CTX", 2048)
+    monkeypatch.setattr(soak, "N_BEFORE", 0)
     monkeypatch.setattr(soak, "MAX_GROWTH", 1.0)  # of a run of seconds nothing can be said
     outcome = soak.soak(soak.Setting(base, adapters, n_threads=1), 160, seed=0)
     assert outcome.problems == []

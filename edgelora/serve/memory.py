@@ -94,8 +94,8 @@ def fit(
 def return_large_blocks() -> bool:
     """Have freed blocks of 256 KB and more go back to the system at once; False without glibc.
 
-    By itself glibc raises that bound to the largest block ever freed, 32 MB at most. What logits and
-    saved prefixes take then stays with the process, in holes: a tenth more after 2,000 requests.
+    By itself glibc raises that bound to the largest block ever freed, 32 MB at most. What logits
+    and saved prefixes take then stays with the process, in holes: a tenth more after 2,000 answers.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

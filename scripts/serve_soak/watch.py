@@ -48,17 +48,15 @@ def rss_anon(pid: int) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
 
-def growth(
-    samples: Sequence[tuple[int, int]], n_requests: int, n_distinct: int
-) -> tuple[int, int]:
+def growth(samples: Sequence[tuple[int, int]], n_requests: int, n_before: int) -> tuple[int, int]:
     """Memory after the warm-up and at the end of the run, in bytes.
 
-    The warm-up is the first quarter of the requests, and at least every distinct one once: by then
-    all code has run and the caches are full. Each number is the least while a tenth of the requests
+    The warm-up is the first quarter of the requests, and at least `n_before`: by then all code has
+    run and the caches are full. Each number is the least while a tenth of the requests
     was answered: what is kept. What an answer takes and gives back (30 MB where the logits of a
     prompt are wanted) lies above it half of the time.
     """
-    warm, window = max(n_distinct, _WARM_UP * n_requests), _WINDOW * n_requests
+    warm, window = max(n_before, _WARM_UP * n_requests), _WINDOW * n_requests
     first = [size for n, size in samples if warm <= n < warm + window]
     last = [size for n, size in samples if n >= n_requests - window]
     if not first or not last:
