@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 
-import pytest
+from edgelora.serve.memory import return_large_blocks
 
 # Large blocks among small ones that stay, after one that makes glibc raise its bound.
 HOLES = """
@@ -31,8 +31,10 @@ print(anonymous() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_blocks_go_back_at_once() -> None:
+def test_freed_blocks_go_back_at_once_or_it_is_said_that_they_do_not() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        assert not return_large_blocks()
+        return
     kept = {
         when: int(subprocess.check_output([sys.executable, "-c", HOLES, when], text=True))
         for when in ("at once", "by itself")
