@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+import psutil
+from measure_memory import anonymous
 from serve_benchmark.clients import counters, get
 
 _EVERY_S = 0.02  # several times while a tenth of a short run is answered
@@ -16,7 +17,7 @@ _WINDOW = 0.1  # of the requests: memory is the least over so many
 
 
 class MemoryWatch:
-    """Reads RssAnon of a process (Linux) until the block ends.
+    """Reads the private memory of a process until the block ends.
 
     Attributes:
         samples: how many requests were done, and bytes.
@@ -24,7 +25,7 @@ class MemoryWatch:
 
     def __init__(self, pid: int, n_done: Callable[[], int]) -> None:
         self.samples: list[tuple[int, int]] = []
-        self._pid = pid
+        self._process = psutil.Process(pid)
         self._n_done = n_done
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -39,13 +40,7 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while not self._end.wait(_EVERY_S):
-            self.samples.append((self._n_done(), rss_anon(self._pid)))
-
-
-def rss_anon(pid: int) -> int:
-    """Private memory of a process in bytes."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+            self.samples.append((self._n_done(), anonymous(self._process)))
 
 
 def growth(samples: Sequence[tuple[int, int]], n_requests: int, n_before: int) -> tuple[int, int]:
