@@ -10,8 +10,9 @@ of the clients goes away: while sending, while waiting, or in the stream. Checke
 - every other answer: equal to the one that the engine gives alone, from an empty context:
   log-probabilities within 1e-3, and the same text unless the two best tokens were closer than that
   (counted; for a drawn text: unless noise of 1e-3 on the logits gives it alone too);
-- private memory (RssAnon) that is kept: within 2 % of that after the warm-up, which is the first
-  quarter of the requests and at least each distinct one three times, which come on top;
+- private memory (RssAnon): at the end within 2 % of that after the warm-up, which is each distinct
+  request three times and comes on top. It is read when nothing is computed, both times after the
+  same requests, one after the other, so that the prefixes that are kept are the same;
 - the end: no slot is taken, nothing waits, and all slots answer at once.
 
 The base is an F32 copy of the file and the KV cache is F32: on quantised weights the shape of a
@@ -40,7 +41,7 @@ from serve_soak.alone import Alone, Answer, open_alone
 from serve_soak.exchange import Reply, exchange
 from serve_soak.questions import CHAT, EMBEDDINGS, Question, Turn, order, pool
 from serve_soak.verdicts import TOLERANCE, Verdict, judge, judge_refusal, judge_vectors
-from serve_soak.watch import MemoryWatch, busy, growth
+from serve_soak.watch import busy, growth, memory
 
 from edgelora.bases import resolve
 from edgelora.engine.model import ModelOptions
@@ -49,8 +50,10 @@ from edgelora.engine.quantize import quantize
 N_SLOTS, N_CTX, PREFIX_CACHE_MB = 4, 512, 16
 MAX_GROWTH = 0.02
 N_BEFORE = 3  # times that each distinct request comes before those that are asked for
+_SETTLING = 3  # one in so many distinct requests is asked before memory is read
 _TRIES = 20  # with noise
 _SHOWN = 10
+_SAY_EVERY = 100
 
 Expected = list[Answer] | np.ndarray | int
 
@@ -110,13 +113,14 @@ def soak(setting: Setting, n_requests: int, seed: int) -> Outcome:
     """Compute every distinct answer alone, then ask the server for them all, many times."""
     paths = {path.stem: path for path in setting.adapters}
     questions = pool(setting.base.stem, *paths)
-    turns = order(questions, N_BEFORE * len(questions) + n_requests, seed)
+    before = order(questions, N_BEFORE * len(questions), seed)
+    turns = order(questions, n_requests, seed + 1)
     threads = {"n_threads": setting.n_threads, "n_ctx": N_CTX}
     with open_alone(setting.base, paths, **threads) as alone:
         started = time.perf_counter()
         expected = [_expected(alone, question) for question in questions]
         say(f"{len(questions)} answers alone in {time.perf_counter() - started:.0f} s")
-        return _served(setting, alone, questions, expected, turns)
+        return _served(setting, alone, questions, expected, before, turns)
 
 
 def _expected(alone: Alone, question: Question) -> Expected:
@@ -130,22 +134,28 @@ def _served(
     alone: Alone,
     questions: Sequence[Question],
     expected: Sequence[Expected],
+    before: Sequence[Turn],
     turns: Sequence[Turn],
 ) -> Outcome:
     outcome = Outcome()
     started_with = servers.Setting(setting.base, setting.n_threads, N_SLOTS, N_CTX)
     options = ["--kv-type", "f32", "--prefix-cache", str(PREFIX_CACHE_MB)]
+    settling = [Turn(i, False) for i, q in enumerate(questions) if q.status == 200][::_SETTLING]
+    volley = [Turn(i, False) for i, q in enumerate(questions) if q.path == CHAT][:N_SLOTS]
+    replies: list[tuple[Turn, Reply | None]] = []
     with servers.edgelora(started_with, setting.adapters, options=options) as server:
         started = time.perf_counter()
-        replies = _send(server, setting.n_clients, questions, turns, outcome)
+        sizes = []
+        for part in (before, turns):
+            replies += _send(server.port, setting.n_clients, questions, part)
+            outcome.problems += [f"stuck: {held}" for held in [busy(server.port)] if held]
+            replies += _send(server.port, 1, questions, settling)
+            sizes.append(memory(server.pid))
+        outcome.memory = sizes[0], sizes[1]
         outcome.elapsed_s = time.perf_counter() - started
         outcome.counted = counters(server.port)
-        outcome.problems += [f"stuck: {held}" for held in [busy(server.port)] if held]
-        volley = [Turn(i, False) for i, q in enumerate(questions) if q.path == CHAT][:N_SLOTS]
-        with ThreadPoolExecutor(N_SLOTS) as clients:
-            ask = partial(exchange, server.port)
-            last = list(clients.map(ask, [questions[t.question] for t in volley], volley))
-    for turn, reply in [*zip(turns, replies, strict=True), *zip(volley, last, strict=True)]:
+        replies += _send(server.port, N_SLOTS, questions, volley)
+    for turn, reply in replies:
         question = questions[turn.question]
         if reply is None:
             outcome.n_left[turn.leaves] += 1
@@ -157,32 +167,25 @@ def _served(
 
 
 def _send(
-    server: servers.Running,
-    n_clients: int,
-    questions: Sequence[Question],
-    turns: Sequence[Turn],
-    outcome: Outcome,
-) -> list[Reply | None]:
-    """Every turn by `n_clients`, each with one request at a time; memory is watched meanwhile."""
+    port: int, n_clients: int, questions: Sequence[Question], turns: Sequence[Turn]
+) -> list[tuple[Turn, Reply | None]]:
+    """Every turn, by `n_clients` with one request at a time each."""
     lock, n_done = threading.Lock(), 0
 
     def one(turn: Turn) -> Reply | None:
         nonlocal n_done
         try:
-            return exchange(server.port, questions[turn.question], turn)
+            return exchange(port, questions[turn.question], turn)
         except (OSError, ValueError) as error:
             return Reply(0, error={"message": repr(error)})
         finally:
             with lock:
                 n_done += 1
-                if n_done % max(1, len(turns) // 10) == 0:
+                if n_done % _SAY_EVERY == 0:
                     say(f"  {n_done} of {len(turns)} requests")
 
-    with MemoryWatch(server.pid, lambda: n_done) as watch:
-        with ThreadPoolExecutor(n_clients) as clients:
-            replies = list(clients.map(one, turns))
-    outcome.memory = growth(watch.samples, len(turns), N_BEFORE * len(questions))
-    return replies
+    with ThreadPoolExecutor(n_clients) as clients:
+        return list(zip(turns, clients.map(one, turns), strict=True))
 
 
 def _judge(alone: Alone, question: Question, expected: Expected, reply: Reply) -> Verdict:
@@ -210,9 +213,7 @@ def _given_with_noise(alone: Alone, question: Question, choice: int, text: str) 
 def _conclude(outcome: Outcome) -> None:
     """Add what is wrong with the figures to the problems."""
     outcome.problems += [f"{kind}: {v.wrong}" for kind, v in outcome.verdicts if v.wrong]
-    before, after = outcome.memory
-    if abs(after / before - 1) > MAX_GROWTH:
-        outcome.problems.append(f"RssAnon went from {before:.0f} to {after:.0f} bytes")
+    outcome.problems += [wrong for wrong in [growth(*outcome.memory, MAX_GROWTH)] if wrong]
 
 
 def report(outcome: Outcome) -> list[str]:
