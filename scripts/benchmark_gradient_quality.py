@@ -115,6 +115,7 @@ def measure_one(
     case = make_case(bed, task, n_labels=labels, n_test=options.n_test, seed=seed)
     folder = work_folder(bed.name) / f"{task}-{seed}-{labels}"
     folder.mkdir(parents=True, exist_ok=True)
+    clear(folder)  # of what a killed run left
     facts = {"base": bed.model.base.path.name, "n_test": options.n_test}
     rows = measure_case(
         case,
@@ -129,6 +130,11 @@ def measure_one(
         done[key_of(row)] = row
         print(f"  {row['arm']}: {row['loss']} {row['exact']} {row['cpu_s']} s",
               file=sys.stderr, flush=True)  # fmt: skip
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove the adapters of a case; checkpoints stay."""
     for path in folder.glob("*.gguf"):
         path.unlink()
 

@@ -33,6 +33,7 @@ from edgelora.errors import (
     UnsupportedFile,
 )
 from edgelora.gradient import layers
+from edgelora.gradient.block import Activations, Block
 from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.observers import (
     CoefficientGradients,
@@ -41,6 +42,7 @@ from edgelora.gradient.observers import (
     per_layer,
 )
 from edgelora.gradient.updates import Combined, Updates, of_adapter, refuse_misfits
+from edgelora.gradient.weights import Array
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -178,8 +180,9 @@ def test_float32_is_float64(model: Path, start: str) -> None:
         PassOptions(max_tokens=40),
         PassOptions(max_tokens=1, share=False),
         PassOptions(scratch=Path()),
+        PassOptions(keep_bytes=1 << 30, max_tokens=40),
     ],
-    ids=["unshared", "two packs", "one example at a time", "inputs in a file"],
+    ids=["unshared", "two packs", "one example at a time", "inputs in a file", "activations kept"],
 )
 def test_the_way_a_pass_is_run_changes_nothing(
     mistral: Path, options: PassOptions, tmp_path: Path
@@ -194,6 +197,30 @@ def test_the_way_a_pass_is_run_changes_nothing(
     assert not list(tmp_path.iterdir())
     scores = decoder.losses(examples(), point(files), options)
     assert mean_loss(scores) == pytest.approx(loss(decoder, point(files)), rel=1e-12)
+
+
+def test_only_activations_that_were_not_kept_are_computed_again(
+    mistral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    activations = Block.activations
+
+    def counted(block: Block, x: Array) -> Activations:
+        found = activations(block, x)
+        made.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(Block, "activations", counted)
+    decoder, files = open_decoder(mistral, np.float64), adapters(mistral)
+    expected = coefficient_gradients(decoder, files, point(files))
+    n_layer, size = decoder.model.n_layer, made[0]
+    assert len(made) == 2 * n_layer and set(made) == {size}
+    for keep_bytes, n_kept in ((size - 1, 0), (size, 1), (n_layer * size, n_layer)):
+        made.clear()
+        options = PassOptions(keep_bytes=keep_bytes)
+        found = coefficient_gradients(decoder, files, point(files), options)
+        assert len(made) == 2 * n_layer - n_kept
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_sharing_saves_rows(mistral: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_lora
 from edgelora.adapters.lora import LoraPair
 from edgelora.build.proposals import count_candidates
@@ -39,6 +40,8 @@ MAX_EXAMPLES = 64
 MAX_SOURCES = 64
 FRESH_RANK = 16
 _SHARE_OF_FREE_MEMORY = 0.25
+# For activations that need not be computed again; with more, 7B would gain little for its memory.
+_KEEP_BYTES = 1 << 30
 _FLOAT = 4
 
 
@@ -256,17 +259,32 @@ def _memory(
     base, passes = decoder.base, PassOptions()
     longest = max(text.n_tokens for text in texts)
     n_rows = min(decoder.count_rows(texts, passes), max(passes.max_tokens, longest))
-    kept = base.n_layer * n_rows * base.n_embd * _FLOAT
-    if kept > _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available:
+    inputs = base.n_layer * n_rows * base.n_embd * _FLOAT
+    room = int(_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available) - inputs
+    transient = _transient(decoder, n_rows, longest, files)
+    if room < 0:
         scratch.mkdir(parents=True, exist_ok=True)
-        return _transient(decoder, n_rows, longest, files), replace(passes, scratch=scratch)
-    return kept + _transient(decoder, n_rows, longest, files), passes
+        return transient, replace(passes, scratch=scratch)
+    keep = 0 if work.model.options.low_ram else min(room, _KEEP_BYTES)
+    activations = base.n_layer * n_rows * _activations_of_a_row(decoder)
+    return inputs + transient + min(keep, activations), replace(passes, keep_bytes=keep)
+
+
+def _activations_of_a_row(decoder: Decoder) -> int:
+    """Bytes of one block's activations; see gradient.block.Activations."""
+    base = decoder.base
+    heads = 3 * (base.n_head + base.n_head_kv) * base.head_dim
+    return _FLOAT * (4 * base.n_embd + heads + 2 * _feed_forward(base))
+
+
+def _feed_forward(base: Base) -> int:
+    return max(shape[0] for name, shape in base.shapes.items() if "ffn_up" in name)
 
 
 def _transient(decoder: Decoder, n_rows: int, longest: int, files: Sequence[LoraFile]) -> int:
     """One block's arrays, a tile of weights, logits, and the stacked factors of one tensor."""
     base = decoder.base
-    n_ff = max(shape[0] for name, shape in base.shapes.items() if "ffn_up" in name)
+    n_ff = _feed_forward(base)
     of_block = n_rows * (12 * base.n_embd + 6 * n_ff) + 3 * base.n_head * longest**2
     tile = max(4 << 20, n_ff)
     logits = 3 * min(16 << 20, n_rows * base.n_vocab)

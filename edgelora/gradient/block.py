@@ -1,8 +1,8 @@
-"""One block of a llama: its forward, and its backward, which computes the forward again."""
+"""One block of a llama: its activations, its output, and its backward from these activations."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -58,9 +58,16 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class _Half:
-    """The attention half: normed input, Q and K before and after norm and RoPE, V, output."""
+class Activations:
+    """What the backward of a block needs of its forward.
 
+    Attributes:
+        x: the input; normed, middle_normed: after the two norms; middle: after the attention half.
+        raw_q, raw_k, q, k: before and after norm and RoPE; mixed: what attention gives.
+        gate, up: of SwiGLU; the backward writes over them.
+    """
+
+    x: Array
     normed: Array
     raw_q: Array
     raw_k: Array
@@ -68,6 +75,15 @@ class _Half:
     k: Array
     v: Array
     mixed: Array
+    middle: Array
+    middle_normed: Array
+    gate: Array
+    up: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all arrays."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
 
 class Block:
@@ -85,33 +101,8 @@ class Block:
         self._model = model
         self._rows = rows
 
-    def forward(self, x: Array) -> Array:
-        """y (t, d) for x (t, d)."""
-        y = x + self._linear(self._attention(x).mixed, "attn_output")
-        normed = self._norm(y, "ffn_norm")
-        gate, up = self._linear(normed, "ffn_gate"), self._linear(normed, "ffn_up")
-        y += self._linear(layers.swiglu(gate, up), "ffn_down")
-        return y
-
-    def backward(self, d_y: Array, x: Array, observe: Observer) -> Array:
-        """d_x (t, d) for the gradient d_y at the output; the forward is computed again from x."""
-        half = self._attention(x)
-        middle = x + self._linear(half.mixed, "attn_output")
-        d_middle = d_y + self._feed_forward_backward(d_y, middle, observe)
-        d_mixed = self._back(d_middle, half.mixed, "attn_output", observe)
-        return d_middle + self._attention_backward(d_mixed, x, half, observe)
-
-    def _feed_forward_backward(self, d_y: Array, middle: Array, observe: Observer) -> Array:
-        normed = self._norm(middle, "ffn_norm")
-        gate, up = self._linear(normed, "ffn_gate"), self._linear(normed, "ffn_up")
-        d_product = self._back(d_y, layers.swiglu(gate, up), "ffn_down", observe)
-        d_gate, d_up = layers.swiglu_backward(d_product, gate, up)
-        del d_product
-        d_normed = self._back(d_gate, normed, "ffn_gate", observe)
-        d_normed += self._back(d_up, normed, "ffn_up", observe)
-        return self._norm_back(d_normed, middle, "ffn_norm")
-
-    def _attention(self, x: Array) -> _Half:
+    def activations(self, x: Array) -> Activations:
+        """All up to the last matrix, for x (t, d)."""
         normed = self._norm(x, "attn_norm")
         raw_q, raw_k, v = (
             self._heads(self._linear(normed, part)) for part in ("attn_q", "attn_k", "attn_v")
@@ -119,20 +110,41 @@ class Block:
         q = self._turn(self._norm(raw_q, "attn_q_norm"))
         k = self._turn(self._norm(raw_k, "attn_k_norm"))
         mixed = packed_attention(q, k, v, self._rows.spans, self._model.scale)
-        return _Half(normed, raw_q, raw_k, q, k, v, mixed.reshape(len(x), -1))
+        mixed = mixed.reshape(len(x), -1)
+        middle = x + self._linear(mixed, "attn_output")
+        middle_normed = self._norm(middle, "ffn_norm")
+        gate = self._linear(middle_normed, "ffn_gate")
+        up = self._linear(middle_normed, "ffn_up")
+        return Activations(x, normed, raw_q, raw_k, q, k, v, mixed, middle, middle_normed, gate, up)
 
-    def _attention_backward(
-        self, d_mixed: Array, x: Array, half: _Half, observe: Observer
-    ) -> Array:
+    def output(self, of: Activations) -> Array:
+        """y (t, d)."""
+        return of.middle + self._linear(layers.swiglu(of.gate, of.up), "ffn_down")
+
+    def backward(self, d_y: Array, of: Activations, observe: Observer) -> Array:
+        """d_x (t, d) for the gradient d_y at the output."""
+        d_middle = d_y + self._feed_forward_backward(d_y, of, observe)
+        d_mixed = self._back(d_middle, of.mixed, "attn_output", observe)
+        return d_middle + self._attention_backward(d_mixed, of, observe)
+
+    def _feed_forward_backward(self, d_y: Array, of: Activations, observe: Observer) -> Array:
+        d_product = self._back(d_y, layers.swiglu(of.gate, of.up), "ffn_down", observe)
+        d_gate, d_up = layers.swiglu_backward(d_product, of.gate, of.up)
+        del d_product
+        d_normed = self._back(d_gate, of.middle_normed, "ffn_gate", observe)
+        d_normed += self._back(d_up, of.middle_normed, "ffn_up", observe)
+        return self._norm_back(d_normed, of.middle, "ffn_norm")
+
+    def _attention_backward(self, d_mixed: Array, of: Activations, observe: Observer) -> Array:
         d_q, d_k, d_v = packed_attention_backward(
-            self._heads(d_mixed), half.q, half.k, half.v, self._rows.spans, self._model.scale
+            self._heads(d_mixed), of.q, of.k, of.v, self._rows.spans, self._model.scale
         )
-        d_q = self._norm_back(self._turn(d_q, back=True), half.raw_q, "attn_q_norm")
-        d_k = self._norm_back(self._turn(d_k, back=True), half.raw_k, "attn_k_norm")
-        d_normed = np.zeros_like(x)
+        d_q = self._norm_back(self._turn(d_q, back=True), of.raw_q, "attn_q_norm")
+        d_k = self._norm_back(self._turn(d_k, back=True), of.raw_k, "attn_k_norm")
+        d_normed = np.zeros_like(of.x)
         for part, d_part in (("attn_q", d_q), ("attn_k", d_k), ("attn_v", d_v)):
-            d_normed += self._back(d_part.reshape(len(x), -1), half.normed, part, observe)
-        return self._norm_back(d_normed, x, "attn_norm")
+            d_normed += self._back(d_part.reshape(len(d_normed), -1), of.normed, part, observe)
+        return self._norm_back(d_normed, of.x, "attn_norm")
 
     def _linear(self, x: Array, part: str) -> Array:
         return self._linears.forward(x, self._at + part)

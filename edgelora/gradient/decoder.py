@@ -13,7 +13,7 @@ from edgelora.adapters.base import Base, read_base
 from edgelora.engine.score import Score, TokenisedExample
 from edgelora.gguf_file import open_gguf
 from edgelora.gradient import layers
-from edgelora.gradient.block import Block, Linears, Rows
+from edgelora.gradient.block import Activations, Block, Linears, Rows
 from edgelora.gradient.head import Head, Objective
 from edgelora.gradient.hyperparameters import (
     EMBEDDING,
@@ -40,6 +40,8 @@ class PassOptions:
         share: compute the prefix that all prompts begin with once for each pack.
         scratch: a folder for a temporary file that keeps the blocks' inputs; None keeps them in
             memory (n_layer x rows x d values).
+        keep_bytes: for whole activations. As many of the last blocks as fit keep theirs; the others
+            are computed again from their inputs on the way back, half as much again in all.
         objective: what is minimised: layers.cross_entropy, or layers.entropy for texts without
             answers (give each any one token as its completion).
     """
@@ -47,6 +49,7 @@ class PassOptions:
     max_tokens: int = 1024
     share: bool = True
     scratch: Path | None = None
+    keep_bytes: int = 0
     objective: Objective = layers.cross_entropy
 
 
@@ -130,7 +133,7 @@ class Decoder:
     def _hidden(self, pack: Pack, linears: Linears, progress: Progress) -> Array:
         x = self.weights.embed(EMBEDDING, pack.tokens)
         for block in self._blocks(pack, linears):
-            x = block.forward(x)
+            x = block.output(block.activations(x))
             progress(1)
         return x
 
@@ -146,17 +149,25 @@ class Decoder:
         linears = Linears(self.weights, updates)
         blocks = self._blocks(pack, linears)
         x = self.weights.embed(EMBEDDING, pack.tokens)
+        kept: list[Activations] = []
         with open_stack(options.scratch, len(blocks), x) as inputs:
-            for block in blocks:
-                inputs.append(x)
-                x = block.forward(x)
+            for number, block in enumerate(blocks):
+                made = block.activations(x)
+                if len(blocks) - number <= options.keep_bytes // made.nbytes:
+                    kept.append(made)
+                else:
+                    inputs.append(x)
+                x = block.output(made)
+                del made
                 progress(1)
             d_x = np.zeros_like(x)
             losses, d_x[pack.outputs] = Head(linears, self.model).gradients(
                 x[pack.outputs], pack.targets, options.objective, weight, observe
             )
             for block in reversed(blocks):
-                d_x = block.backward(d_x, inputs.pop(), observe)
+                made = kept.pop() if kept else block.activations(inputs.pop())
+                d_x = block.backward(d_x, made, observe)
+                del made
                 progress(2)
         return losses
 

@@ -21,11 +21,13 @@ from edgelora.engine.hidden import head_matrix
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import count_tokens
 from edgelora.gradient.checkpoint import fingerprint, from_bytes
+from edgelora.gradient.decoder import PassOptions
 from edgelora.gradient.descent import Descended, DescentOptions, descend, rank_adapters
 from edgelora.gradient.polish import PolishOptions, fresh_pairs, polish
 from gradient_quality.bed import Case
 
 UNLIMITED = 10**12
+PASSES = PassOptions(keep_bytes=1 << 30)  # as `build` has it where memory allows
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +164,7 @@ def _descended(
         case.texts,
         np.full(len(positions), scale / len(positions)),
         chosen,
+        passes=PASSES,
         checkpoint=state,
     )
     return found, positions, n_ranking
@@ -198,7 +201,8 @@ def _trained(
 ) -> Made:
     chosen = PolishOptions(**{"seed": bench.case.seed, **options})
     state = bench.state(chosen.n_passes, name, replace(chosen, n_passes=0))
-    found = polish(bench.case.bed.decoder, pairs, bench.case.texts, chosen, checkpoint=state)
+    decoder, texts = bench.case.bed.decoder, bench.case.texts
+    found = polish(decoder, pairs, texts, chosen, passes=PASSES, checkpoint=state)
     path = bench.path(f"{name}-{chosen.n_passes}.gguf")
     plan = [
         PairPlan(p.name, p.rank, p.lora_a.shape[1], p.lora_b.shape[0]) for p in found.pairs.values()
