@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -134,9 +135,12 @@ def measure_one(
 
 
 def clear(folder: Path) -> None:
-    """Remove the adapters of a case; checkpoints stay."""
-    for path in folder.glob("*.gguf"):
-        path.unlink()
+    """Remove what arms made; checkpoints stay."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".state":
+            path.unlink()
 
 
 def drawn(bed: Bed, options: argparse.Namespace) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import PairPlan, open_lora, write_lora
 from edgelora.adapters.lora import LoraPair
@@ -23,7 +25,9 @@ from edgelora.engine.score import count_tokens
 from edgelora.gradient.checkpoint import fingerprint, from_bytes
 from edgelora.gradient.decoder import PassOptions
 from edgelora.gradient.descent import Descended, DescentOptions, descend, rank_adapters
+from edgelora.gradient.observers import CoefficientGradients
 from edgelora.gradient.polish import PolishOptions, fresh_pairs, polish
+from edgelora.gradient.updates import Combined
 from gradient_quality.bed import Case
 
 UNLIMITED = 10**12
@@ -57,6 +61,10 @@ class Bench:
         """A file of this case."""
         return self.folder / re.sub(r"[^\w.=-]", "_", name)
 
+    def trials(self) -> Path:
+        """A new folder for trials, whose names say what they are and not for which arm."""
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
     def state(self, n_passes: int, *parts: object) -> Path:
         """The checkpoint of one descent: arms of more passes go on with it, fewer begin anew."""
         path = self.path(f"{fingerprint(*parts)[:16]}.state")
@@ -81,7 +89,7 @@ def make_own(bench: Bench) -> Made:
 def make_mean(bench: Bench) -> Made:
     """The uniform mean at the scale that is best on the support examples."""
     k = len(bench.case.adapters)
-    trial = make_trial("uniform mean", np.full(k, 1 / k), bench.case.pool.paths, bench.folder)
+    trial = make_trial("uniform mean", np.full(k, 1 / k), bench.case.pool.paths, bench.trials())
     budget = Budget(UNLIMITED)
     trial = try_scales(bench.context, trial, bench.case.texts, budget)
     return _of_trial(trial, budget.n_used)
@@ -92,6 +100,11 @@ def make_forward(bench: Bench) -> Made:
 
     Like `build`, it measures every adapter alone; the least loss on the support examples wins.
     """
+    return _of_trial(*_best_forward(bench))
+
+
+def _best_forward(bench: Bench) -> tuple[Trial, int]:
+    """That candidate, and the tokens that it took to find it."""
     case, budget = bench.case, Budget(UNLIMITED)
     with open_context(case.bed.model, hidden=True) as context:
         nearness = proposals.find_nearness(context, case.pool, case.support, "bures", case.seed)
@@ -103,31 +116,35 @@ def make_forward(bench: Bench) -> Made:
     positions = list(range(len(alone)))
     measured = proposals.Measured(positions, proposals.losses_of(alone, head), base, alone, head)
     budget.take((1 + len(alone)) * count_tokens(case.texts))
-    trials = []
+    trials, folder = [], bench.trials()
     for name, coefficients in proposals.propose(case.pool, nearness, measured, "auto"):
-        trial = make_trial(name, coefficients, case.pool.paths, bench.folder)
+        trial = make_trial(name, coefficients, case.pool.paths, folder)
         trials.append(try_scales(bench.context, trial, case.texts, budget))
         bench.context.apply([])
-    return _of_trial(min(trials, key=lambda trial: trial.loss), budget.n_used)
+    return min(trials, key=lambda trial: trial.loss), budget.n_used
 
 
 def make_gradient(
     bench: Bench,
     *,
+    start: str = "mean",
     scale: float = 1.0,
     n_sources: int = 0,
+    ranked_at: str = "base",
     rank: int | str = "auto",
     **options: Any,
 ) -> Made:
     """Coefficients by gradient descent from the uniform mean times `scale`.
 
     Args:
-        n_sources: only so many adapters, those of the steepest slope at the start; 0 for all.
+        start: "mean", or "forward" for what the arm of that name finds.
+        n_sources: only so many adapters, those of the steepest slope; 0 for all.
+        ranked_at: where the slope is taken: "base" or "mean".
         rank: of the file; "cat" for the exact combination.
         options: see DescentOptions.
     """
-    found, files, n_ranking = _descended(bench, scale, n_sources, options)
-    return _merged(bench, files, found, rank, n_ranking)
+    begin = _begin(bench, start, scale, n_sources, ranked_at)
+    return _merged(bench, begin, _descended(bench, begin, options), rank)
 
 
 def make_few(bench: Bench, *, rank: int = 16, **options: Any) -> Made:
@@ -139,47 +156,70 @@ def make_few(bench: Bench, *, rank: int = 16, **options: Any) -> Made:
 
 def make_polished(bench: Bench, *, n_first: int, rank: int | str = "auto", **options: Any) -> Made:
     """`n_first` passes on coefficients, the file cut to its rank, then passes on its factors."""
-    found, files, n_ranking = _descended(bench, 1.0, 0, {"n_passes": n_first, "n_folds": 0})
-    made = _merged(bench, files, found, rank, n_ranking)
+    begin = _begin(bench, "mean", 1.0, 0, "base")
+    found = _descended(bench, begin, {"n_passes": n_first, "n_folds": 0})
+    made = _merged(bench, begin, found, rank)
     pairs = {pair.name: pair for pair in open_lora(made.adapters[0].path).pairs()}
     return _trained(bench, pairs, f"polish-{n_first}-{rank}", options, made.n_tokens)
 
 
-def _descended(
-    bench: Bench, scale: float, n_sources: int, options: Mapping[str, Any]
-) -> tuple[Descended, list[int], int]:
-    """What a descent found, the positions of the adapters it had, and the tokens of ranking."""
-    case, n_ranking = bench.case, 0
+@dataclass(frozen=True, eq=False)
+class _Begin:
+    """Which adapters a descent has, where it begins, and the tokens that it took to find both."""
+
+    positions: list[int]
+    start: NDArray[np.float64]
+    n_tokens: int
+    name: tuple[object, ...]
+
+
+def _begin(bench: Bench, start: str, scale: float, n_sources: int, ranked_at: str) -> _Begin:
+    """Where a descent begins; see make_gradient."""
+    case, n_tokens = bench.case, 0
     k = len(case.adapters)
+    if start == "forward":
+        best, n_tokens = _best_forward(bench)
+        coefficients = best.candidate.coefficients * best.candidate.scale
+    else:
+        coefficients = np.full(k, 1 / k)
     positions = list(range(k))
-    chosen = DescentOptions(**{"seed": case.seed, **options})
     if 0 < n_sources < k:
-        slopes = rank_adapters(case.bed.decoder, case.adapters, case.texts, {})
+        names = CoefficientGradients(case.adapters).names
+        row = [1 / k if ranked_at == "mean" else 0.0] * k
+        at = Combined(case.adapters, dict.fromkeys(names, row))
+        slopes = rank_adapters(case.bed.decoder, case.adapters, case.texts, at)
         positions = sorted(int(i) for i in np.argsort(slopes, kind="stable")[:n_sources])
-        n_ranking = 3 * count_tokens(case.texts)
-    state = bench.state(chosen.n_passes, "descent", scale, n_sources, replace(chosen, n_passes=0))
-    found = descend(
+        n_tokens += 3 * count_tokens(case.texts)
+        if start == "mean":
+            coefficients *= k / n_sources
+    name = (start, scale, n_sources, ranked_at)
+    return _Begin(positions, scale * coefficients[positions], n_tokens, name)
+
+
+def _descended(bench: Bench, begin: _Begin, options: Mapping[str, Any]) -> Descended:
+    case = bench.case
+    chosen = DescentOptions(**{"seed": case.seed, **options})
+    return descend(
         case.bed.decoder,
-        [case.adapters[i] for i in positions],
+        [case.adapters[i] for i in begin.positions],
         case.texts,
-        np.full(len(positions), scale / len(positions)),
+        begin.start,
         chosen,
         passes=PASSES,
-        checkpoint=state,
+        checkpoint=bench.state(
+            chosen.n_passes, "descent", *begin.name, replace(chosen, n_passes=0)
+        ),
     )
-    return found, positions, n_ranking
 
 
-def _merged(
-    bench: Bench, positions: list[int], found: Descended, rank: int | str, n_ranking: int
-) -> Made:
+def _merged(bench: Bench, begin: _Begin, found: Descended, rank: int | str) -> Made:
     """The file of a combination, and how much of it the cut to a rank kept."""
     path = bench.path(f"gradient-{found.n_passes}-{rank}.gguf")
-    files = [bench.case.adapters[i] for i in positions]
+    files = [bench.case.adapters[i] for i in begin.positions]
     method = {"method": "cat"} if rank == "cat" else {"method": "svd", "rank": rank}
     coefficients = {name: [float(c) for c in row] for name, row in found.coefficients.items()}
     if not any(any(row) for row in coefficients.values()):
-        return Made([], found.n_tokens + n_ranking, {"passes": 0})
+        return Made([], found.n_tokens + begin.n_tokens, {"passes": 0})
     report = merge_adapters(files, coefficients, path, force=True, **method)
     facts = {
         "passes": found.n_passes,
@@ -189,7 +229,7 @@ def _merged(
         "energy": round(report.energy, 4),
         "size_bytes": path.stat().st_size,
     }
-    return Made([WeightedAdapter(path)], found.n_tokens + n_ranking, facts)
+    return Made([WeightedAdapter(path)], found.n_tokens + begin.n_tokens, facts)
 
 
 def _trained(
@@ -240,8 +280,8 @@ def parse_arm(name: str) -> Arm:
     Heads: base, own, mean, forward; gradient-N and few-N for N passes on coefficients, or on a LoRA
     from scratch; gradient-cv, stopped by cross-validation; polish-N, N passes on coefficients and
     then n_passes on the factors (as many as are left of 10). Settings are key=value: for gradient
-    scale, n_sources and rank (see make_gradient) and the fields of DescentOptions; for few and
-    polish rank and those of PolishOptions.
+    start, scale, n_sources, ranked_at and rank (see make_gradient) and the fields of
+    DescentOptions; for few and polish rank and those of PolishOptions.
 
     Raises:
         ValueError: an unknown head or setting.
@@ -260,6 +300,9 @@ def parse_arm(name: str) -> Arm:
                          "polish-N, with settings after all but the first four")  # fmt: skip
     if unknown := settings.keys() - _TAKES[kind]:
         raise ValueError(f"{name!r}: no setting {', '.join(sorted(unknown))}")
+    for key, known in _WORDS.items():
+        if settings.get(key, known[0]) not in known:
+            raise ValueError(f"{name!r}: no setting {key}={settings[key]}")
     if kind == "polish":
         left = {"n_passes": 10 - int(n)}
         return partial(make_polished, n_first=int(n), **left | settings)
@@ -289,10 +332,11 @@ _PLAIN: dict[str, Arm] = {
     "forward": make_forward,
 }
 _TAKES = {
-    "gradient": {"scale", "n_sources", "rank"} | _fields(DescentOptions),
+    "gradient": {"start", "scale", "n_sources", "ranked_at", "rank"} | _fields(DescentOptions),
     "few": {"rank"} | _fields(PolishOptions),
     "polish": {"rank"} | _fields(PolishOptions),
 }
+_WORDS = {"start": ("mean", "forward"), "ranked_at": ("base", "mean")}
 DEFAULT_ARMS = [
     *_PLAIN,
     *("gradient-1", "gradient-3", "gradient-10", "gradient-cv", "few-1", "few-3", "few-10"),
