@@ -127,8 +127,9 @@ def test_shares_are_ratios_of_means(parts: Any) -> None:
     told = parts["report"].report(rows)
     (gradient,) = [row for row in told.splitlines() if row.startswith("| gradient-1")]
     (forward,) = [row for row in told.splitlines() if row.startswith("| forward")]
-    assert "| 2 | 0.600 [0.000, 0.750] | 0.600 [0.500, 1.000], exact +0.25 |" in gradient
-    assert "| 0.750 |" in gradient and gradient.endswith("| 0 |")
+    difference = "0.600 [0.500, 1.000], exact +0.25 [+0.00, +0.50]"
+    assert f"| 2 | 0.600 [0.000, 0.750] | {difference} |" in gradient
+    assert "| 0.750 (1.50 of own) |" in gradient and gradient.endswith("| 0 |")
     assert "| 2 | 0.000 [-1.000, 0.250] |" in forward and forward.endswith("| 1 |")
 
 

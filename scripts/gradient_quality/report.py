@@ -71,15 +71,15 @@ def _line(
     own = _of(rows, bed, labels, cases, "own")
     base = _of(rows, bed, labels, cases, "base")
     mine = _of(rows, bed, labels, cases, arm)
-    few = arm.replace("gradient", "few") if arm.startswith("gradient") else ""
-    few = few if few in ("few-1", "few-3", "few-10") else "few-10"
+    few = arm.partition(" ")[0].replace("gradient", "few")
+    few = few if few in ("few-1", "few-3") else "few-10"
     cells = [
         arm,
         str(len(mine)),
         _interval(mine, base, own),
         _difference(mine, _of(rows, bed, labels, cases, "forward"), base, own),
         _difference(mine, _of(rows, bed, labels, cases, few), base, own),
-        _exact(mine),
+        _exact(mine, own),
         _mean(mine, "rank"),
         _mean(mine, "tokens"),
         str(sum(_is_worse(row, base[case]) for case, row in mine.items())),
@@ -96,17 +96,21 @@ def _interval(mine: dict[Any, Row], base: dict[Any, Row], own: dict[Any, Row]) -
 def _difference(
     mine: dict[Any, Row], other: dict[Any, Row], base: dict[Any, Row], own: dict[Any, Row]
 ) -> str:
-    """The same of (other - arm), on the cases that both have; exact match after the comma."""
+    """The same of (other - arm), on the cases that both have; then the gain in exact match."""
     both = {case: row for case, row in mine.items() if case in other}
     if not both or mine.keys() == other.keys() and all(mine[c] is other[c] for c in mine):
         return ""
     told = _ratio(both, [other[c]["loss"] - r["loss"] for c, r in both.items()], base, own)
-    exact = [
-        row["exact"] - other[case]["exact"]
+    exact = {
+        case: row["exact"] - other[case]["exact"]
         for case, row in both.items()
         if row["exact"] is not None and other[case]["exact"] is not None
-    ]
-    return f"{told}, exact {np.mean(exact):+.2f}" if exact else told
+    }
+    if not exact:
+        return told
+    ones = np.ones(len(exact))
+    low, mid, high = paired_bootstrap(list(exact.values()), ones, _clusters(both, exact))
+    return f"{told}, exact {mid:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def _ratio(
@@ -115,19 +119,27 @@ def _ratio(
     if not mine:
         return ""
     gaps = [base[case]["loss"] - own[case]["loss"] for case in mine]
-    clusters = ["+".join(row["source"]) for row in mine.values()]
     if sum(gaps) <= 0:
         return ""
     weights = np.array(gaps)
     if (weights < 0).any():  # an own adapter that is worse than the base: no ratio by bootstrap
         return f"{sum(gains) / sum(gaps):.3f}"
-    low, mid, high = paired_bootstrap(gains, weights, clusters)
+    low, mid, high = paired_bootstrap(gains, weights, _clusters(mine, mine))
     return f"{mid:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _exact(mine: dict[Any, Row]) -> str:
-    values = [row["exact"] for row in mine.values() if row["exact"] is not None]
-    return f"{np.mean(values):.3f}" if values else ""
+def _clusters(rows: dict[Any, Row], cases: Iterable[Any]) -> list[str]:
+    return ["+".join(rows[case]["source"]) for case in cases]
+
+
+def _exact(mine: dict[Any, Row], own: dict[Any, Row]) -> str:
+    """The mean, and its share of the own adapters' mean on the same cases."""
+    values = {case: row["exact"] for case, row in mine.items() if row["exact"] is not None}
+    reached = [own[case]["exact"] for case in values]
+    if not values or None in reached:
+        return ""
+    mean, of_own = np.mean(list(values.values())), np.mean(reached)
+    return f"{mean:.3f} ({mean / of_own:.2f} of own)" if of_own else f"{mean:.3f}"
 
 
 def _mean(mine: dict[Any, Row], key: str) -> str:
