@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=0, help="size of the bank that is ranked")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--scratch", type=Path, help="a folder on a disk for the blocks' inputs")
+    parser.add_argument("--keep", type=int, default=0, help="MiB for activations, as PassOptions")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--shared-only", action="store_true", help="leave the unshared arms out")
     parser.add_argument("--torch", type=Path, metavar="PYTHON")
@@ -211,7 +212,8 @@ def opened(
 ) -> tuple[Decoder, list[TokenisedExample], PassOptions]:
     decoder = open_decoder(base_of(options))
     texts = examples_of(options, decoder.model.n_vocab)
-    return decoder, texts, PassOptions(max_tokens=2048, scratch=options.scratch)
+    keep_bytes = options.keep << 20
+    return decoder, texts, PassOptions(2048, scratch=options.scratch, keep_bytes=keep_bytes)
 
 
 def measured(

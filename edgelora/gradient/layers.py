@@ -17,19 +17,23 @@ _PIECE = 1 << 16
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """y = w x r over the last axis, r = (mean(x^2) + eps)^(-1/2) (arXiv:1910.07467, eq. 4)."""
-    return np.asarray(x * _inverse_rms(x, eps) * weight)
+    y = x * _inverse_rms(x, eps)
+    y *= weight
+    return np.asarray(y)
 
 
 def rms_norm_backward(d_y: Array, x: Array, weight: Array, eps: float) -> Array:
     """d_x = r (w d_y) - x r^3 mean(w d_y x)."""
     r = _inverse_rms(x, eps)
-    scaled = d_y * weight
-    along = np.mean(scaled * x, axis=-1, keepdims=True)
-    return np.asarray(r * (scaled - x * (r * r * along)))
+    d_x = d_y * weight
+    along = np.einsum("...d,...d->...", d_x, x)[..., None] / x.dtype.type(x.shape[-1])
+    d_x -= x * (r * r * along)
+    d_x *= r
+    return np.asarray(d_x)
 
 
 def _inverse_rms(x: Array, eps: float) -> Array:
-    mean = np.mean(np.square(x), axis=-1, keepdims=True)
+    mean = np.einsum("...d,...d->...", x, x)[..., None] / x.dtype.type(x.shape[-1])
     return np.asarray(1 / np.sqrt(mean + x.dtype.type(eps)))
 
 
@@ -43,16 +47,13 @@ def rotate(x: Array, cos: Array, sin: Array, neox: bool) -> Array:
     Args:
         x: (t, heads, n); cos, sin: (t, n / 2).
     """
-    half = x.shape[-1] // 2
-    first, second = (
-        (slice(0, half), slice(half, None)) if neox else (slice(0, None, 2), slice(1, None, 2))
-    )
-    a, b = x[..., first], x[..., second]
     cos, sin = cos[:, None], sin[:, None]
-    y = np.empty_like(x)
-    y[..., first] = a * cos - b * sin
-    y[..., second] = a * sin + b * cos
-    return y
+    if neox:
+        a, b = np.split(x, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    turn = cos + 1j * sin  # neighbours are the parts of a complex number, in one sweep
+    turned = np.ascontiguousarray(x).view(turn.dtype) * turn
+    return np.asarray(turned.view(x.dtype))
 
 
 def swiglu(gate: Array, up: Array) -> Array:
