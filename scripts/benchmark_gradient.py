@@ -210,7 +210,7 @@ def run_bank(options: argparse.Namespace) -> dict[str, Any]:
 def opened(
     options: argparse.Namespace,
 ) -> tuple[Decoder, list[TokenisedExample], PassOptions]:
-    decoder = open_decoder(base_of(options))
+    decoder = open_decoder(base_of(options), n_threads=psutil.cpu_count(logical=False) or 1)
     texts = examples_of(options, decoder.model.n_vocab)
     keep_bytes = options.keep << 20
     return decoder, texts, PassOptions(2048, scratch=options.scratch, keep_bytes=keep_bytes)
@@ -236,7 +236,7 @@ def measured(
 @contextlib.contextmanager
 def instrumented(spent: dict[str, float]) -> Iterator[None]:
     """Count the time of the products with the base's matrices and of dequantising."""
-    matmul, dequantize = np.matmul, weights.dequantize
+    matmul, in_float = np.matmul, weights.Weights._in_float
 
     def timed_matmul(a: Any, b: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
@@ -245,16 +245,17 @@ def instrumented(spent: dict[str, float]) -> Iterator[None]:
         spent["flop"] += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
         return result
 
-    def timed_dequantize(*arguments: Any) -> None:
+    def timed_in_float(*arguments: Any) -> Any:
         started = time.perf_counter()
-        dequantize(*arguments)
+        result = in_float(*arguments)
         spent["dequantize_s"] += time.perf_counter() - started
+        return result
 
-    np.matmul, weights.dequantize = timed_matmul, timed_dequantize  # type: ignore[assignment]
+    np.matmul, weights.Weights._in_float = timed_matmul, timed_in_float  # type: ignore
     try:
         yield
     finally:
-        np.matmul, weights.dequantize = matmul, dequantize  # type: ignore[assignment]
+        np.matmul, weights.Weights._in_float = matmul, in_float  # type: ignore
 
 
 def rate_alone(decoder: Decoder, rows: int) -> float:

@@ -32,7 +32,7 @@ from edgelora.errors import (
     InvalidFile,
     UnsupportedFile,
 )
-from edgelora.gradient import layers
+from edgelora.gradient import layers, weights
 from edgelora.gradient.block import Activations, Block
 from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.observers import (
@@ -230,11 +230,14 @@ def test_sharing_saves_rows(mistral: Path) -> None:
     assert decoder.count_rows(texts, PassOptions()) == whole - 2 * 10
 
 
-def test_small_tiles_and_stacks_change_nothing(tmp_path: Path) -> None:
+def test_small_tiles_stacks_and_threads_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_WORTH_THREADS", 1)
     base = pico.write_base(tmp_path / "q.gguf", tied=False, dtype="Q8_0")
     files = adapters(base)
     expected = coefficient_gradients(open_decoder(base, np.float64), files, point(files))
-    decoder = open_decoder(base, np.float64)
+    decoder = open_decoder(base, np.float64, n_threads=3)
     for tile in (1, 32 * 5, 32 * 70):
         decoder.weights._tile = tile
         gradients = CoefficientGradients(files, stacked_rank=5)

@@ -149,7 +149,7 @@ def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
 def _opened(work: Work) -> tuple[Decoder, list[LoraFile]]:
     files = [open_lora(path) for path in work.pool.paths]
     try:
-        decoder = open_decoder(work.model.base.path)
+        decoder = open_decoder(work.model.base.path, n_threads=work.model.options.threads())
         refuse_misfits(files, decoder.base)
     except UnsupportedFile as error:
         hint = "Use --refine forward without --polish: it needs no gradients."

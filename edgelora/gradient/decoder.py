@@ -184,11 +184,14 @@ class Decoder:
         return [Block(i, linears, self.model, rows) for i in range(self.model.n_layer)]
 
 
-def open_decoder(path: Path, dtype: type[np.floating[Any]] = np.float32) -> Decoder:
+def open_decoder(
+    path: Path, dtype: type[np.floating[Any]] = np.float32, *, n_threads: int = 1
+) -> Decoder:
     """A base to derive: only its header is read.
 
     Args:
         dtype: in which all is computed: float32 to work, float64 to test.
+        n_threads: for dequantising; BLAS has its own.
 
     Raises:
         NotFound, InvalidFile: no sound GGUF of a language model.
@@ -196,7 +199,9 @@ def open_decoder(path: Path, dtype: type[np.floating[Any]] = np.float32) -> Deco
     """
     base = read_base(path)
     gguf = open_gguf(path)
-    return Decoder(base, read_hyperparameters(base, gguf), Weights(gguf, dtype))
+    return Decoder(
+        base, read_hyperparameters(base, gguf), Weights(gguf, dtype, n_threads=n_threads)
+    )
 
 
 def _scores(values: Array, examples: Sequence[TokenisedExample]) -> list[Score]:

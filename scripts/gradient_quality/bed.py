@@ -111,7 +111,8 @@ def open_bed(
     """Open a base with its bank; data holds `<adapter>/train.jsonl`, test.jsonl and task.json."""
     options = ModelOptions(n_threads=n_threads, low_ram=low_ram)
     with open_model(base, options) as model:
-        yield Bed(name, model, open_decoder(base), model_template(model), open_bank(bank), data)
+        decoder = open_decoder(base, n_threads=options.threads())
+        yield Bed(name, model, decoder, model_template(model), open_bank(bank), data)
 
 
 def make_bank(folder: Path, base_path: Path, data: Path) -> Path:
