@@ -286,3 +286,22 @@ def test_the_demo_finds_this_checkout() -> None:
     assert root == Path(__file__).resolve().parent.parent
     for example in demo.EXAMPLES:
         assert (root / "examples" / example / "heldout.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "refine", "budget"),
+    [((), "forward", "20000"), (("--refine", "gradient"), "gradient", "60000"),
+     (("--refine", "gradient", "--quick"), "gradient", "14000")],
+)  # fmt: skip
+def test_the_demo_passes_its_choices_on(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], refine: str, budget: str
+) -> None:
+    ran: dict[str, list[str]] = {}
+    monkeypatch.setattr(demo, "_run", lambda command, name, words: ran.update({name: words}))
+    monkeypatch.setattr(demo, "_before_and_after", lambda adapter, held_out, threads: None)
+    result = run("demo", *words)
+    assert result.exit_code == 0, result.output
+    build = ran["build"]
+    assert build[build.index("--refine") + 1] == refine
+    assert build[build.index("--budget") + 1] == budget
+    assert ("--limit" in ran["eval"]) == ("--quick" in words)

@@ -12,7 +12,8 @@ from edgelora.cli.options import open_engine
 
 EXAMPLES = ("returns", "support-tickets", "follows")
 BASE = "smollm2-135m-instruct"
-_BUDGET = 20_000
+REFINEMENTS = ("forward", "gradient")
+_BUDGETS = {"forward": 20_000, "gradient": 60_000}
 _QUICK = ("--budget", "14000"), ("--limit", "16")
 _MAX_ANSWER = 48
 
@@ -22,9 +23,17 @@ _MAX_ANSWER = 48
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Adapter (default: build/demo/<example>)."
 )
+@click.option(
+    "--refine",
+    type=click.Choice(REFINEMENTS),
+    default=REFINEMENTS[0],
+    help="How coefficients are found: gradient takes two to three times as long.",
+)
 @click.option("--quick", is_flag=True, help="Fewer tokens and held-out lines, for a check.")
 @console.common_options
-def command(example: str, out: Path | None, quick: bool, threads: int, seed: int) -> None:
+def command(
+    example: str, out: Path | None, refine: str, quick: bool, threads: int, seed: int
+) -> None:
     """Build an adapter for an example, evaluate it, show an answer before and after."""
     from edgelora.cli.build import command as build
     from edgelora.cli.eval import command as evaluate
@@ -32,11 +41,12 @@ def command(example: str, out: Path | None, quick: bool, threads: int, seed: int
     root = _find_checkout()
     data, held_out = (root / "examples" / example / f"{n}.jsonl" for n in ("train", "heldout"))
     out = out or root / "build" / "demo" / f"{example}.gguf"
-    budget, limit = _QUICK if quick else (("--budget", str(_BUDGET)), ())
+    budget, limit = _QUICK if quick else (("--budget", str(_BUDGETS[refine])), ())
     common = ["--base", BASE, "--threads", str(threads), "--seed", str(seed)]
     common += ["-q"] if console.err.quiet else []
-    _run(build, "build", ["--bank", str(root / "models" / "bank"), "--data", str(data),
-                          "-o", str(out), "--force", *budget, *common])  # fmt: skip
+    bank = root / "models" / "bank"
+    _run(build, "build", ["--bank", str(bank), "--data", str(data), "-o", str(out), "--force",
+                          "--refine", refine, *budget, *common])  # fmt: skip
     _run(evaluate, "eval", ["--adapter", str(out), "--data", str(held_out), *limit, *common])
     _before_and_after(out, held_out, threads)
     console.say("")
