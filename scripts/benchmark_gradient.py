@@ -4,8 +4,10 @@
     python scripts/benchmark_gradient.py FOLDER --shape mistral-7b [--layers 2] [--own 47]
 
 Models and adapters that are missing are made in FOLDER. Every arm runs in a process of its own,
-whose peak RssAnon is measured from outside; the best of --repeat runs counts. The examples are
-random tokens, --prefix of which they share: "unshared" are examples that differ in the first one.
+whose peak RssAnon is measured from outside; the best of --repeat runs counts. What a run reads from
+the disk is told too: 0 where the page cache has the file, more in a memory cgroup that cannot hold
+it. The examples are random tokens, --prefix of which they share: "unshared" are examples that
+differ in the first one.
 llama.cpp scores the same examples (the head on completions only, weights repacked unless
 --low-ram); with --llama-type q8_0 it does so with a requantised copy of the base. --torch PYTHON
 adds the same step in transformers and PEFT, by a Python that has them (for SmolLM2 only).
@@ -74,6 +76,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, help="a folder on a disk for the blocks' inputs")
     parser.add_argument("--keep", type=int, default=0, help="MiB for activations, as PassOptions")
     parser.add_argument("--repeat", type=int, default=1)
+    plain = ("llama", "forward", "gradient")
+    parser.add_argument("--arms", nargs="+", choices=plain, default=plain, help="only these")
     parser.add_argument("--shared-only", action="store_true", help="leave the unshared arms out")
     parser.add_argument("--torch", type=Path, metavar="PYTHON")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
@@ -83,7 +87,7 @@ def parse() -> argparse.Namespace:
 
 def arms_of(options: argparse.Namespace) -> list[tuple[str, bool]]:
     """Which arms are run, with shared prefixes or without."""
-    arms = [(arm, shared) for arm in ("llama", "forward", "gradient") for shared in (True, False)]
+    arms = [(arm, shared) for arm in options.arms for shared in (True, False)]
     arms = [(arm, shared) for arm, shared in arms if shared or not options.shared_only]
     bank = [("bank", True)] if options.adapters else []
     return arms + bank + ([("torch", False)] if options.torch else [])
@@ -155,13 +159,21 @@ def run_arm(arm: str, shared: bool, options: argparse.Namespace) -> dict[str, An
 
 
 def best(function: Callable[[], float], repeat: int) -> dict[str, Any]:
-    """The shortest of some runs, and what the function returned."""
+    """The shortest of some runs, what the function returned, and what a run read from the disk."""
     times, loss = [], 0.0
+    read_before = read_bytes()
     for _ in range(repeat):
         started = time.perf_counter()
         loss = function()
         times.append(time.perf_counter() - started)
-    return {"seconds": min(times), "loss": loss}
+    read_mb = (read_bytes() - read_before) / repeat / 1e6
+    return {"seconds": min(times), "loss": loss, "read_mb": read_mb}
+
+
+def read_bytes() -> int:
+    """From the disk by this process, its mapped files included; 0 where no system tells."""
+    process = psutil.Process()
+    return int(process.io_counters().read_bytes) if hasattr(process, "io_counters") else 0
 
 
 def run_llama(options: argparse.Namespace) -> dict[str, Any]:
@@ -312,8 +324,9 @@ def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         f"{', not repacked' if options.low_ram else ', repacked where it can be'};"
         f" {psutil.cpu_count(logical=False)} cores",
         "",
-        "| arm | rows | s | / llama.cpp | sgemm | dequantising | GFLOP/s (alone) | MB | loss |",
-        "|---|" + "---:|" * 8,
+        "| arm | rows | s | / llama.cpp | sgemm | dequantising | GFLOP/s (alone) | MB | read MB |"
+        " loss |",
+        "|---|" + "---:|" * 9,
     ]
     for name, row in rows.items():
         sharing = name.partition(", ")[2]
@@ -325,9 +338,8 @@ def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
             parts = [f"{row[part] / row['whole_s']:.0%}" for part in ("sgemm_s", "dequantize_s")]
             parts.append(f"{rate:.0f} ({row['alone']:.0f})")
         cells = [name, str(row["rows"]), f"{row['seconds']:.2f}", times, *parts]
-        lines.append(
-            "| " + " | ".join([*cells, f"{row['peak_mb']:.0f}", f"{row['loss']:.3f}"]) + " |"
-        )
+        cells += [f"{row['peak_mb']:.0f}", f"{row['read_mb']:.0f}", f"{row['loss']:.3f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     seconds = {name: row["seconds"] for name, row in rows.items()}
     lines.append("")
     if "gradient, unshared" in seconds:

@@ -241,20 +241,25 @@ def test_without_completions_the_objective_is_said(world: World, tmp_path: Path)
     assert "nats a token; difference" not in result.stdout and "written: gradient" in result.stdout
 
 
+def slow_steps(world: World, tmp_path: Path, out: Path) -> list[str]:
+    """A command whose gradient steps take a while: longer prompts, four passes."""
+    lines = [json.loads(line) for line in world.helped.read_text().splitlines()]
+    prompts = [line["prompt"] + " in the house" * 40 for line in lines]
+    completions = [line["completion"] for line in lines]
+    data = builds.write_lines(tmp_path / "long.jsonl", prompts, completions)
+    line = words(world, data, out, "--refine", "gradient", "--passes", 4, "--budget", 10**9)
+    return [str(word) for word in line]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
 def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on(
     world: World, tmp_path: Path
 ) -> None:
     """Nobody is at a terminal, so nothing is written; the second run starts where it was."""
     out = tmp_path / "out" / "a.gguf"
-    lines = [json.loads(line) for line in world.helped.read_text().splitlines()]
-    prompts = [line["prompt"] + " in the house" * 40 for line in lines]
-    data = builds.write_lines(
-        tmp_path / "long.jsonl", prompts, [line["completion"] for line in lines]
-    )
-    line = words(world, data, out, "--refine", "gradient", "--passes", 4, "--budget", 10**9)
+    line = slow_steps(world, tmp_path, out)
     process = subprocess.Popen(
-        [sys.executable, "-m", "edgelora", *map(str, line)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "edgelora", *line], stderr=subprocess.PIPE, text=True
     )
     with process:
         assert process.stderr is not None
@@ -270,6 +275,46 @@ def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on
     assert result.exit_code == 0, result.output
     assert "coefficients, start" not in result.stderr and "pass 1 of" not in result.stderr
     assert out.is_file() and not list(out.parent.glob("*.refine"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals like these")
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_ctrl_c_at_a_terminal_offers_the_best_so_far(
+    world: World, tmp_path: Path, answer: str
+) -> None:
+    import pty
+
+    out = tmp_path / "out" / "a.gguf"
+    line = slow_steps(world, tmp_path, out)
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, "-m", "edgelora", *line])
+    said = read_terminal(terminal, until="pass 1 of")
+    os.write(terminal, b"\x03")
+    said += read_terminal(terminal, until="pass(es))?")
+    os.write(terminal, answer.encode() + b"\n")
+    said += read_terminal(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(terminal)
+    if answer == "y":
+        assert code == 0 and out.is_file() and not list(out.parent.glob("*.refine")), said
+        assert "written: " in said
+    else:
+        assert code == 130 and [p.name for p in out.parent.iterdir()] == ["a.gguf.refine"], said
+
+
+def read_terminal(terminal: int, until: str = "") -> str:
+    """What comes from a terminal up to a text, or to its end."""
+    said = ""
+    while not until or until not in said:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:  # Linux: the other side has closed
+            break
+        if not part:
+            break
+        said += part.decode(errors="replace")
+    return said
 
 
 def test_the_demo_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
