@@ -341,9 +341,11 @@ def test_polishing_trains_the_best_candidate(world: World, model: Model, out: Pa
     assert [p.stage for p in ear.passes] == ["factors"] * 6
     assert [p.support for p in ear.passes] == pytest.approx(trained.support_losses, rel=0.05)
     account = told(out)
-    if built.chosen == "nearest, polished":
-        assert account["trained"] == {"from": "nearest", "examples": 16, "passes": 6}
-        assert account["operator"] == "nearest, polished" and len(account["sources"]) == 1
+    assert built.chosen == "nearest, polished"
+    trained = {"from": "nearest", "examples": 16, "passes": 6, "error before": 0.0}
+    assert account["trained"] == trained and "error" not in account
+    assert all(set(tensor) == {"rank"} for tensor in account["tensors"].values())
+    assert account["operator"] == "nearest, polished" and len(account["sources"]) == 1
 
 
 def test_few_shot_lora_from_scratch(world: World, model: Model, out: Path) -> None:

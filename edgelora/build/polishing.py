@@ -118,14 +118,20 @@ def _scratch(work: Work) -> dict[str, Scalar]:
 
 
 def _told(facts: Mapping[str, Scalar], trained: Trained, name: str) -> dict[str, Scalar]:
-    """The facts with an account of the training in their provenance."""
+    """The facts with an account of the training in their provenance.
+
+    Errors are those of the combination that training began with: they become a part of it.
+    """
     account = json.loads(str(facts[PROVENANCE_KEY]))
+    error = account.pop("error", None)
+    for tensor in account.get("tensors", {}).values():
+        tensor.pop("error", None)
     account["operator"] = name
     account["trained"] = {
         "from": trained.start or "scratch",
         "examples": trained.n_examples,
         "passes": trained.n_passes,
-    }
+    } | ({} if error is None else {"error before": error})
     return {**facts, PROVENANCE_KEY: json.dumps(account, ensure_ascii=False)}
 
 
