@@ -19,6 +19,10 @@ _WANTED_CTX, _WANTED_SLOTS, _SMALLEST_CTX = 4096, 4, 512
 # else runs on the machine need the rest.
 _SHARE = 0.5
 _CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (  # of version 2 and of version 1: folder, limit, usage, and a line of memory.stat
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGE_BYTES = 256 << 10
 
@@ -107,18 +111,14 @@ def return_large_blocks() -> bool:
 def available_bytes() -> int:
     """Memory that is free or can be freed, within the limit of this process's cgroup if any."""
     free: int = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            free = min(free, int(limit) - used + _inactive_file())
+    for folder, limit, used, cache in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such version; "max" is no limit
+            parts = [int((_CGROUP / folder / name).read_text()) for name in (limit, used)]
+            free = min(free, parts[0] - parts[1] + _evictable(_CGROUP / folder, cache))
     return max(free, 0)
 
 
-def _inactive_file() -> int:
+def _evictable(folder: Path, name: str) -> int:
     """Page cache that counts as used by the cgroup and leaves when memory is wanted."""
-    for line in (_CGROUP / "memory.stat").read_text().splitlines():
-        name, _, value = line.partition(" ")
-        if name == "inactive_file":
-            return int(value)
-    return 0
+    lines = (folder / "memory.stat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
