@@ -11,8 +11,8 @@ of the clients goes away: while sending, while waiting, or in the stream. Checke
   log-probabilities within 1e-3, and the same text unless the two best tokens were closer than that
   (counted; for a drawn text: unless noise of 1e-3 on the logits gives it alone too);
 - private memory (RssAnon): at the end within 2 % of that after the warm-up, which is each distinct
-  request three times and comes on top. It is read when nothing is computed, both times after the
-  same requests, one after the other, so that the prefixes that are kept are the same;
+  request three times and comes on top. It is read when nothing is computed, both times after
+  prompts of one length, so that the prefixes that are kept, whose sizes vary, are as large;
 - the end: no slot is taken, nothing waits, and all slots answer at once.
 
 The base is an F32 copy of the file and the KV cache is F32: on quantised weights the shape of a
@@ -39,7 +39,7 @@ from serve_benchmark.clients import counters
 from serve_benchmark.facts import BANK, ROOT, say
 from serve_soak.alone import Alone, Answer, open_alone
 from serve_soak.exchange import Reply, exchange
-from serve_soak.questions import CHAT, EMBEDDINGS, Question, Turn, order, pool
+from serve_soak.questions import CHAT, EMBEDDINGS, Question, Turn, order, pool, settling
 from serve_soak.verdicts import TOLERANCE, Verdict, judge, judge_refusal, judge_vectors
 from serve_soak.watch import busy, growth, memory
 
@@ -50,7 +50,6 @@ from edgelora.engine.quantize import quantize
 N_SLOTS, N_CTX, PREFIX_CACHE_MB = 4, 512, 16
 MAX_GROWTH = 0.02
 N_BEFORE = 3  # times that each distinct request comes before those that are asked for
-_SETTLING = 3  # one in so many distinct requests is asked before memory is read
 _TRIES = 20  # with noise
 _SHOWN = 10
 _SAY_EVERY = 100
@@ -140,16 +139,15 @@ def _served(
     outcome = Outcome()
     started_with = servers.Setting(setting.base, setting.n_threads, N_SLOTS, N_CTX)
     options = ["--kv-type", "f32", "--prefix-cache", str(PREFIX_CACHE_MB)]
-    settling = [Turn(i, False) for i, q in enumerate(questions) if q.status == 200][::_SETTLING]
     volley = [Turn(i, False) for i, q in enumerate(questions) if q.path == CHAT][:N_SLOTS]
     replies: list[tuple[Turn, Reply | None]] = []
     with servers.edgelora(started_with, setting.adapters, options=options) as server:
         started = time.perf_counter()
         sizes = []
-        for part in (before, turns):
+        for number, part in enumerate((before, turns)):
             replies += _send(server.port, setting.n_clients, questions, part)
             outcome.problems += [f"stuck: {held}" for held in [busy(server.port)] if held]
-            replies += _send(server.port, 1, questions, settling)
+            outcome.problems += _settle(server.port, settling(setting.base.stem, number))
             sizes.append(memory(server.pid))
         outcome.memory = sizes[0], sizes[1]
         outcome.elapsed_s = time.perf_counter() - started
@@ -164,6 +162,12 @@ def _served(
             outcome.verdicts.append((question.kind, verdict))
     _conclude(outcome)
     return outcome
+
+
+def _settle(port: int, questions: Sequence[Question]) -> list[str]:
+    """Ask one after the other; what went wrong."""
+    replies = _send(port, 1, questions, [Turn(i, False) for i in range(len(questions))])
+    return [f"settling: {reply}" for _, reply in replies if reply is None or reply.status != 200]
 
 
 def _send(

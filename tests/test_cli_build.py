@@ -242,12 +242,12 @@ def test_without_completions_the_objective_is_said(world: World, tmp_path: Path)
 
 
 def slow_steps(world: World, tmp_path: Path, out: Path) -> list[str]:
-    """A command whose gradient steps take a while: longer prompts, four passes."""
+    """A command whose gradient steps take a while: long prompts, two passes."""
     lines = [json.loads(line) for line in world.helped.read_text().splitlines()]
     prompts = [line["prompt"] + " in the house" * 40 for line in lines]
     completions = [line["completion"] for line in lines]
     data = builds.write_lines(tmp_path / "long.jsonl", prompts, completions)
-    line = words(world, data, out, "--refine", "gradient", "--passes", 4, "--budget", 10**9)
+    line = words(world, data, out, "--refine", "gradient", "--passes", 2, "--budget", 10**9)
     return [str(word) for word in line]
 
 
@@ -278,10 +278,7 @@ def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals like these")
-@pytest.mark.parametrize("answer", ["y", "n"])
-def test_ctrl_c_at_a_terminal_offers_the_best_so_far(
-    world: World, tmp_path: Path, answer: str
-) -> None:
+def test_ctrl_c_at_a_terminal_offers_the_best_so_far(world: World, tmp_path: Path) -> None:
     import pty
 
     out = tmp_path / "out" / "a.gguf"
@@ -292,15 +289,12 @@ def test_ctrl_c_at_a_terminal_offers_the_best_so_far(
     said = read_terminal(terminal, until="pass 1 of")
     os.write(terminal, b"\x03")
     said += read_terminal(terminal, until="pass(es))?")
-    os.write(terminal, answer.encode() + b"\n")
+    os.write(terminal, b"y\n")
     said += read_terminal(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.close(terminal)
-    if answer == "y":
-        assert code == 0 and out.is_file() and not list(out.parent.glob("*.refine")), said
-        assert "written: " in said
-    else:
-        assert code == 130 and [p.name for p in out.parent.iterdir()] == ["a.gguf.refine"], said
+    assert code == 0 and out.is_file() and not list(out.parent.glob("*.refine")), said
+    assert "written: " in said
 
 
 def read_terminal(terminal: int, until: str = "") -> str:

@@ -16,6 +16,7 @@ CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/
 N_TOKENS = 12
 LONG_TOKENS = 256  # of the answers that a client does not wait for
 LEAVING = ("while sending", "while waiting", "in the stream")
+_N_SETTLING, _SETTLING_WORDS = 24, 100
 _N_PROMPTS = 2  # of each kind, for each adapter set
 _SYSTEM = (
     "You are the help desk of a shop that sells garden tools, kitchen ware and clothes. Answer in "
@@ -96,6 +97,16 @@ def adapter_sets(base_id: str, first: str, second: str) -> list[tuple[Body, Weig
         ({"lora": both}, ((first, 0.7), (second, -0.5))),
         ({"lora": [{"name": second, "scale": 0}]}, ()),
     ]
+
+
+def settling(base_id: str, part: int) -> list[Question]:
+    """Prompts of one length, other ones for each `part`, none beginning as another does.
+
+    There are so many that of all that was kept before nothing is kept afterwards.
+    """
+    texts = [f"{part}{i:02d}" + " word" * _SETTLING_WORDS for i in range(_N_SETTLING)]
+    bodies = [{"model": base_id, **_completion(text, max_tokens=1)[1]} for text in texts]
+    return [Question("settling", COMPLETIONS, body) for body in bodies]
 
 
 def order(questions: Sequence[Question], n: int, seed: int) -> list[Turn]:
