@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -263,11 +264,11 @@ def instrumented(spent: dict[str, float]) -> Iterator[None]:
         spent["dequantize_s"] += time.perf_counter() - started
         return result
 
-    np.matmul, weights.Weights._in_float = timed_matmul, timed_in_float  # type: ignore
-    try:
+    with (
+        patch.object(np, "matmul", timed_matmul),
+        patch.object(weights.Weights, "_in_float", timed_in_float),
+    ):
         yield
-    finally:
-        np.matmul, weights.Weights._in_float = matmul, in_float  # type: ignore
 
 
 def rate_alone(decoder: Decoder, rows: int) -> float:
