@@ -12,7 +12,6 @@ from edgelora.cli.options import open_engine
 
 EXAMPLES = ("returns", "support-tickets", "follows")
 BASE = "smollm2-135m-instruct"
-REFINEMENTS = ("forward", "gradient")
 _BUDGETS = {"forward": 20_000, "gradient": 60_000}
 _QUICK = ("--budget", "14000"), ("--limit", "16")
 _MAX_ANSWER = 48
@@ -25,8 +24,8 @@ _MAX_ANSWER = 48
 )
 @click.option(
     "--refine",
-    type=click.Choice(REFINEMENTS),
-    default=REFINEMENTS[0],
+    type=click.Choice(tuple(_BUDGETS)),
+    default="forward",
     help="How coefficients are found: gradient takes two to three times as long.",
 )
 @click.option("--quick", is_flag=True, help="Fewer tokens and held-out lines, for a check.")

@@ -26,15 +26,18 @@ def rms_norm_backward(d_y: Array, x: Array, weight: Array, eps: float) -> Array:
     """d_x = r (w d_y) - x r^3 mean(w d_y x)."""
     r = _inverse_rms(x, eps)
     d_x = d_y * weight
-    along = np.einsum("...d,...d->...", d_x, x)[..., None] / x.dtype.type(x.shape[-1])
-    d_x -= x * (r * r * along)
+    d_x -= x * (r * r * _mean_product(d_x, x))
     d_x *= r
     return np.asarray(d_x)
 
 
 def _inverse_rms(x: Array, eps: float) -> Array:
-    mean = np.einsum("...d,...d->...", x, x)[..., None] / x.dtype.type(x.shape[-1])
-    return np.asarray(1 / np.sqrt(mean + x.dtype.type(eps)))
+    return np.asarray(1 / np.sqrt(_mean_product(x, x) + x.dtype.type(eps)))
+
+
+def _mean_product(a: Array, b: Array) -> Array:
+    """mean(a b) over the last axis, which stays with length 1; the product is never stored."""
+    return np.asarray(np.einsum("...d,...d->...", a, b)[..., None] / a.dtype.type(a.shape[-1]))
 
 
 def rotate(x: Array, cos: Array, sin: Array, neox: bool) -> Array:
