@@ -19,6 +19,8 @@ from edgelora.adapters.gguf_lora import open_lora
 from edgelora.build.proposals import OPERATOR_NAMES
 from edgelora.cli import demo
 
+posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
@@ -167,7 +169,7 @@ def test_few_examples_are_called_optimistic(world: World, tmp_path: Path) -> Non
     assert "6 to choose (selection), none untouched" in result.stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
+@posix_only
 def test_ctrl_c_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
     """A real process, interrupted once its plan is out, in the middle of forward passes."""
     for name in ("out", "tmp"):
@@ -251,7 +253,7 @@ def slow_steps(world: World, tmp_path: Path, out: Path) -> list[str]:
     return [str(word) for word in line]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
+@posix_only
 def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on(
     world: World, tmp_path: Path
 ) -> None:
@@ -277,21 +279,24 @@ def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on
     assert out.is_file() and not list(out.parent.glob("*.refine"))
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals like these")
+@posix_only
 def test_ctrl_c_at_a_terminal_offers_the_best_so_far(world: World, tmp_path: Path) -> None:
-    import pty
+    import pty  # not on Windows
 
     out = tmp_path / "out" / "a.gguf"
     line = slow_steps(world, tmp_path, out)
-    child, terminal = pty.fork()
-    if not child:
-        os.execv(sys.executable, [sys.executable, "-m", "edgelora", *line])
-    said = read_terminal(terminal, until="pass 1 of")
-    os.write(terminal, b"\x03")
-    said += read_terminal(terminal, until="pass(es))?")
-    os.write(terminal, b"y\n")
-    said += read_terminal(terminal)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgelora", *line], stdin=end, stdout=end, stderr=end
+    )
+    os.close(end)
+    with process:
+        said = read_terminal(terminal, until="pass 1 of")
+        process.send_signal(signal.SIGINT)
+        said += read_terminal(terminal, until="pass(es))?")
+        os.write(terminal, b"y\n")
+        said += read_terminal(terminal)
+        code = process.wait(60)
     os.close(terminal)
     assert code == 0 and out.is_file() and not list(out.parent.glob("*.refine")), said
     assert "written: " in said
