@@ -26,7 +26,7 @@ _MAX_ANSWER = 48
     "--refine",
     type=click.Choice(tuple(_BUDGETS)),
     default="forward",
-    help="How coefficients are found: gradient takes two to three times as long.",
+    help="How coefficients are found: gradient takes up to three times as long.",
 )
 @click.option("--quick", is_flag=True, help="Fewer tokens and held-out lines, for a check.")
 @console.common_options
