@@ -21,7 +21,7 @@ from gradient_cases import (
     write_kind,
 )
 
-from edgelora.adapters.gguf_lora import LoraFile, open_lora
+from edgelora.adapters.gguf_lora import LoraFile, PairPlan, open_lora, write_lora
 from edgelora.adapters.lora import LoraPair
 from edgelora.engine.context import open_context
 from edgelora.engine.model import ModelOptions, WeightedAdapter, open_model
@@ -259,6 +259,39 @@ def test_coefficients_for_layers_and_adapters_are_sums(mistral: Path) -> None:
     assert per_adapter(values)[1] == pytest.approx(slope(lambda t: along(t, "")), rel=1e-6)
     second = slope(lambda t: along(t, "blk.1."))
     assert per_layer(values, names)[1, 1] == pytest.approx(second, rel=1e-6)
+
+
+def test_slopes_of_components_are_those_of_adapters_of_rank_one(mistral: Path) -> None:
+    """Adapters of ranks 2, 3 and 2 beside their seven parts, each a file of its own."""
+    files = adapters(mistral, 2)
+    path = mistral.with_name("narrow.gguf")
+    pico.write_random_lora(path, mistral, rank=2, seed=9)
+    files.append(open_lora(path))
+    decoder = open_decoder(mistral, np.float64)
+    at = of_adapter(files[0])
+    found = CoefficientGradients(files)
+    decoder.gradients(examples(), at, found)
+    ranks = [max(file.ranks.values()) for file in files]
+    parts = [part(file, r) for file, n in zip(files, ranks, strict=True) for r in range(n)]
+    alone = CoefficientGradients(parts)
+    decoder.gradients(examples(), at, alone)
+    assert found.components.shape == (3, len(found.names), 3) and ranks == [2, 3, 2]
+    owners = [(i, r) for i, n in enumerate(ranks) for r in range(n)]
+    for row, (i, r) in zip(alone.values, owners, strict=True):
+        assert found.components[i, :, r] == pytest.approx(row, rel=1e-5, abs=1e-12)
+    assert not found.components[[0, 2], :, 2:].any()
+
+
+def part(file: LoraFile, r: int) -> LoraFile:
+    """The r-th rank-one component of every update."""
+    path = file.path.with_name(f"{file.path.stem}-{r}.gguf")
+    pairs = [
+        LoraPair(pair.name, pair.lora_a[r : r + 1], pair.lora_b[:, r : r + 1], pair.scale)
+        for pair in file.pairs()
+    ]
+    plan = [PairPlan(p.name, 1, p.lora_a.shape[1], p.lora_b.shape[0]) for p in pairs]
+    write_lora(path, plan, pairs, architecture=file.architecture, alpha=None, dtype="f32")
+    return open_lora(path)
 
 
 def test_an_adapter_without_some_tensors_has_no_gradient_there(mistral: Path) -> None:

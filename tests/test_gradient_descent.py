@@ -105,12 +105,25 @@ def test_sparsity_pulls_to_zero_and_no_further() -> None:
     assert moved.values[0] == pytest.approx(0.5 + 0.1 - 0.04)
 
 
+def test_the_average_weighs_late_values_more_and_the_start_not_at_all() -> None:
+    adam = Adam(step=0.1, averaging=0.5)
+    track = begin(np.array([7.0]))
+    met = []
+    for slope in (1.0, -1.0, 3.0):
+        track = advance(track, np.array([slope]), track.values, adam)
+        met.append(float(track.values[0]))
+    assert track.average == pytest.approx([(met[0] + 2 * met[1] + 4 * met[2]) / 7])
+    assert advance(track, np.ones(1), track.values, Adam(step=0.1)).average == pytest.approx(
+        advance(track, np.ones(1), track.values, Adam(step=0.1)).values, abs=0
+    )
+
+
 def test_float32_stays_float32() -> None:
-    adam = Adam(0.1, penalty=0.1, sparsity=0.1)
+    adam = Adam(0.1, penalty=0.1, sparsity=0.1, averaging=0.8)
     ones = np.ones(2, np.float32)
     track = advance(begin(ones), ones, ones, adam)
-    assert {a.dtype for a in (track.mean, track.square)} == {np.dtype(np.float32)}
-    assert track.values.dtype == np.float32
+    arrays = (track.mean, track.square, track.values, track.average)
+    assert {a.dtype for a in arrays} == {np.dtype(np.float32)}
 
 
 # Folds
@@ -168,20 +181,26 @@ def test_a_full_batch_step_by_hand(decoder: Decoder, bank: list[LoraFile]) -> No
         assert found.coefficients[name] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("weights", "n_kinds"), [("tensor", 15), ("layer", 3), ("adapter", 1)])
-def test_weights_for_tensors_layers_and_adapters(
+@pytest.mark.parametrize(
+    ("weights", "n_kinds"), [("component", 15), ("tensor", 15), ("layer", 3), ("adapter", 1)]
+)
+def test_weights_for_components_tensors_layers_and_adapters(
     weights: str, n_kinds: int, decoder: Decoder, bank: list[LoraFile]
 ) -> None:
     options = dataclasses.replace(SHORT, weights=weights)
     found = descend(decoder, bank, examples(6), np.zeros(3), options)
     assert len({row.tobytes() for row in found.coefficients.values()}) == n_kinds
     assert loss_of(decoder, bank, found.coefficients) < found.support_losses[0]
+    for row in found.coefficients.values():
+        assert row.shape == ((3, 4) if weights == "component" else (3,))
 
 
+@pytest.mark.parametrize("weights", ["component", "tensor"])
 def test_the_loss_found_is_that_of_the_merged_file_in_llama_cpp(
-    base: Path, decoder: Decoder, bank: list[LoraFile], tmp_path: Path
+    weights: str, base: Path, decoder: Decoder, bank: list[LoraFile], tmp_path: Path
 ) -> None:
-    found = descend(decoder, bank, examples(6), np.full(3, 1 / 3), SHORT)
+    options = dataclasses.replace(SHORT, weights=weights)
+    found = descend(decoder, bank, examples(6), np.full(3, 1 / 3), options)
     merge_adapters(bank, found.coefficients, tmp_path / "m.gguf", method="cat", dtype="f32")
     with (
         open_model(base, ModelOptions(n_threads=1)) as model,

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from edgelora.adapters.lora import LoraPair
+from edgelora.adapters.lora import LoraPair, for_components
 from edgelora.adapters.lora_layout import PairPlan
 from edgelora.adapters.lowrank import (
     Factors,
@@ -27,7 +28,9 @@ from edgelora.adapters.lowrank import (
 )
 from edgelora.errors import EdgeLoRAError, IncompatibleAdapter, InvalidFile, UnsupportedFile
 
-Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
+# One for each adapter; or for each tensor's name one for each adapter, (k,), or one for each
+# rank-one component of each adapter, (k, r), padded to the largest rank.
+Coefficients = Sequence[float] | Mapping[str, ArrayLike]
 
 AUTO = "auto"
 # float32 factors: an update this small beside its factors is what cancelling left over.
@@ -52,12 +55,12 @@ class Stack:
     Attributes:
         lora_a: (R, in) float32, every A_i below the other; R is the sum of the ranks.
         lora_b: (out, R) float32, every scale * c_i * s_i * B_i beside the other.
-        coefficients: the c_i that are not zero; ranks: the r_i that belong to them.
+        coefficients: the c_i that are not zero, (r_i,) each; ranks: the r_i that belong to them.
     """
 
     lora_a: Float32
     lora_b: Float32
-    coefficients: tuple[float, ...]
+    coefficients: tuple[NDArray[np.float64], ...]
     ranks: tuple[int, ...]
 
 
@@ -126,7 +129,8 @@ def combine(
 
     Args:
         method: a key of COMBINATIONS.
-        coefficients: one for each source, or a mapping from every tensor's name to such a list.
+        coefficients: one for each source, or a mapping from every tensor's name to such a list,
+            or to a matrix with one for each rank-one component of each source (see Coefficients).
             Zeros are dropped. A tensor that a source does not adapt gets nothing from it.
         rank: of the result, for svd: a number, or "auto" for 99 % of the energy with at most 64.
             A tensor whose exact combination has a smaller rank gets that.
@@ -143,7 +147,7 @@ def combine(
         raise EdgeLoRAError(f"no combination {method!r}", hint=f"Known: {', '.join(COMBINATIONS)}")
     way = COMBINATIONS[method]
     names = list(dict.fromkeys(name for source in sources for name in source.plan))
-    weights = _weights_of(names, len(sources), coefficients, scale)
+    weights = _weights_of(names, sources, coefficients, scale)
     wanted = _wanted_rank(method, rank)
     _refuse_mismatches(sources, weights, way.equal_ranks)
     plan, reports, cancelled = [], [], []
@@ -197,7 +201,7 @@ def _measure_linear(stack: Stack, rank: int | None) -> tuple[int, float]:
 
 def _factors_linear(stack: Stack, rank: int) -> Factors:
     """(sum c_i A_i) and scale * (sum c_i s_i B_i): with equal s_i, the paper's average."""
-    weights = np.array(stack.coefficients, dtype=np.float32)[:, None, None]
+    weights = np.array(stack.coefficients, dtype=np.float32)[:, :, None]
     lora_a = (weights * stack.lora_a.reshape(len(stack.ranks), rank, -1)).sum(axis=0)
     lora_b = stack.lora_b.reshape(stack.lora_b.shape[0], len(stack.ranks), rank).sum(axis=1)
     return lora_a, lora_b
@@ -223,20 +227,23 @@ def _wanted_rank(method: str, rank: int | str) -> int | None:
 
 
 def _weights_of(
-    names: Sequence[str], n_sources: int, coefficients: Coefficients, scale: float
-) -> dict[str, tuple[float, ...]]:
-    """Checked coefficients for every tensor."""
+    names: Sequence[str], sources: Sequence[Source], coefficients: Coefficients, scale: float
+) -> dict[str, NDArray[np.float64]]:
+    """Checked coefficients for every tensor: (k,) or, for each component, (k, r)."""
     if isinstance(coefficients, Mapping):
         wrong = [f"{name}: no coefficients" for name in names if name not in coefficients]
         wrong += [f"{name}: no source adapts it" for name in coefficients if name not in names]
-        by_name = {name: tuple(map(float, row)) for name, row in coefficients.items()}
+        by_name = {name: np.asarray(row, np.float64) for name, row in coefficients.items()}
     else:
         wrong = []
-        by_name = dict.fromkeys(names, tuple(map(float, coefficients)))
+        by_name = dict.fromkeys(names, np.asarray(coefficients, np.float64))
     for name, row in by_name.items():
-        if len(row) != n_sources:
-            wrong.append(f"{name}: {len(row)} coefficients for {n_sources} adapters")
-        elif not all(map(math.isfinite, row)):
+        rank = max((source.plan[name].rank for source in sources if name in source.plan), default=0)
+        if len(row) != len(sources):
+            wrong.append(f"{name}: {len(row)} coefficients for {len(sources)} adapters")
+        elif row.ndim > 2 or (row.ndim == 2 and row.shape[1] < rank):
+            wrong.append(f"{name}: coefficients of shape {row.shape} for adapters of rank {rank}")
+        elif not np.isfinite(row).all():
             wrong.append(f"{name}: a coefficient is not a finite number")
     if not math.isfinite(scale):
         wrong.append(f"scale {scale} is not a finite number")
@@ -246,12 +253,16 @@ def _weights_of(
 
 
 def _refuse_mismatches(
-    sources: Sequence[Source], weights: Mapping[str, tuple[float, ...]], equal_ranks: bool
+    sources: Sequence[Source], weights: Mapping[str, NDArray[np.float64]], equal_ranks: bool
 ) -> None:
     shapes: list[str] = []
     ranks: list[str] = []
     for name, row in weights.items():
-        used = [s.plan[name] for s, c in zip(sources, row, strict=True) if c and name in s.plan]
+        used = [
+            source.plan[name]
+            for source, c in zip(sources, row, strict=True)
+            if c.any() and name in source.plan
+        ]
         if len({(p.n_out, p.n_in) for p in used}) > 1:
             sizes = sorted({f"{p.n_out} x {p.n_in}" for p in used})
             shapes.append(f"{name}: {' and '.join(sizes)}")
@@ -267,21 +278,23 @@ def _refuse_mismatches(
         )
 
 
-def _stack(name: str, sources: Sequence[Source], weights: Sequence[float], scale: float) -> Stack:
+def _stack(
+    name: str, sources: Sequence[Source], weights: NDArray[np.float64], scale: float
+) -> Stack:
     """The stacked factors of one tensor; empty where every weight is zero."""
     pairs = [
         (weight, source.pair(name))
         for source, weight in zip(sources, weights, strict=True)
-        if weight * scale and name in source.plan
+        if (weight * scale).any() and name in source.plan
     ]
     if not pairs:
         return Stack(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), (), ())
     lora_a = np.concatenate([pair.lora_a for _, pair in pairs], dtype=np.float32)
     lora_b = np.concatenate([pair.lora_b for _, pair in pairs], axis=1, dtype=np.float32)
-    ranks = tuple(pair.rank for _, pair in pairs)
-    factors = np.repeat([scale * weight * pair.scale for weight, pair in pairs], ranks)
-    lora_b *= factors.astype(np.float32)
-    return Stack(lora_a, lora_b, tuple(weight for weight, _ in pairs), ranks)
+    coefficients = tuple(for_components(weight, pair.rank) for weight, pair in pairs)
+    factors = [scale * c * pair.scale for c, (_, pair) in zip(coefficients, pairs, strict=True)]
+    lora_b *= np.concatenate(factors).astype(np.float32)
+    return Stack(lora_a, lora_b, coefficients, tuple(pair.rank for _, pair in pairs))
 
 
 def _norm_or_zero(name: str, stack: Stack) -> float:

@@ -72,6 +72,11 @@ class LoraFile:
         return tuple(self.plan)
 
     @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each update, by the name of its tensor."""
+        return {name: planned.rank for name, planned in self.plan.items()}
+
+    @property
     def architecture(self) -> str:
         """llama.cpp's name of the architecture."""
         return self.record.architecture

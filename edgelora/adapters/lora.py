@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,17 @@ class LoraPair:
     def rank(self) -> int:
         """The inner dimension r."""
         return int(self.lora_a.shape[0])
+
+
+def for_components(coefficient: ArrayLike, rank: int) -> NDArray[np.float64]:
+    """What each of the `rank` rank-one components of an update is multiplied by, (rank,).
+
+    Args:
+        coefficient: one number for all of them, or one for each; what is beyond the rank is
+            padding, so that adapters of several ranks fit one matrix.
+    """
+    values = np.asarray(coefficient, np.float64)
+    return values[:rank] if values.ndim else np.full(rank, values)
 
 
 def find_mismatches(pair: LoraPair, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgelora import __version__
 from edgelora.adapters.combine import AUTO, Coefficients, Combination, TensorReport, combine
 from edgelora.adapters.gguf_lora import AdapterRecord, LoraFile, Scalar, open_lora, write_lora
@@ -132,10 +135,10 @@ def _drop_unused(
     files: Sequence[LoraFile], coefficients: Coefficients
 ) -> tuple[list[LoraFile], Coefficients]:
     """Without the sources whose coefficients are all zero."""
-    rows = list(coefficients.values() if isinstance(coefficients, Mapping) else [coefficients])
+    rows = _rows(coefficients)
     if not files or any(len(row) != len(files) for row in rows):
         raise EdgeLoRAError(f"{len(files)} adapters need as many coefficients, one or more")
-    used = [i for i in range(len(files)) if any(row[i] for row in rows)]
+    used = [i for i in range(len(files)) if any(row[i].any() for row in rows)]
     if not used:
         raise EdgeLoRAError("every coefficient is zero", hint="Choose other coefficients.")
     kept = [files[i] for i in used]
@@ -144,7 +147,7 @@ def _drop_unused(
     names = {name for file in kept for name in file.plan}
     dropped = {name for file in files for name in file.plan} - names
     return kept, {
-        name: [float(row[i]) for i in used]
+        name: np.asarray(row, np.float64)[used]
         for name, row in coefficients.items()
         if name not in dropped
     }
@@ -196,9 +199,15 @@ def _inherited(files: Sequence[LoraFile]) -> tuple[dict[str, Scalar], tuple[str,
 
 def _by_weight(files: Sequence[LoraFile], coefficients: Coefficients) -> list[LoraFile]:
     """The sources, those with the largest coefficients first."""
-    rows = list(coefficients.values() if isinstance(coefficients, Mapping) else [coefficients])
-    weights = [sum(abs(row[i]) for row in rows) for i in range(len(files))]
+    rows = _rows(coefficients)
+    weights = [sum(np.abs(row[i]).sum() for row in rows) for i in range(len(files))]
     return [files[i] for i in sorted(range(len(files)), key=lambda i: -weights[i])]
+
+
+def _rows(coefficients: Coefficients) -> list[NDArray[np.float64]]:
+    """Those of each tensor, or the one row of all."""
+    rows = coefficients.values() if isinstance(coefficients, Mapping) else [coefficients]
+    return [np.asarray(row, np.float64) for row in rows]
 
 
 def _name(file: LoraFile) -> str:
@@ -231,7 +240,7 @@ def _provenance(
                 "licence": file.metadata.get("edgelora.licence"),
                 "source": file.metadata.get("edgelora.source"),
             }
-            | describe_coefficients(_column(coefficients, names, index), names, file.plan)
+            | describe_coefficients(_column(coefficients, names, index), names, file.ranks)
             for index, file in enumerate(files)
         ],
         "error": _rounded(combination.error),
@@ -245,11 +254,11 @@ def _provenance(
     }
 
 
-def _column(coefficients: Coefficients, names: Sequence[str], index: int) -> list[float]:
-    """The coefficients of one source, for each tensor."""
+def _column(coefficients: Coefficients, names: Sequence[str], index: int) -> NDArray[np.float64]:
+    """The coefficients of one source for each tensor, (n,), or for each component too, (n, r)."""
     if isinstance(coefficients, Mapping):
-        return [coefficients[name][index] for name in names]
-    return [coefficients[index]] * len(names)
+        return np.array([np.asarray(coefficients[name])[index] for name in names])
+    return np.full(len(names), coefficients[index])
 
 
 def _rounded(value: float) -> float:

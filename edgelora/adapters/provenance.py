@@ -6,11 +6,13 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+from edgelora.adapters.lora import for_components
 from edgelora.errors import InvalidFile
 
 if TYPE_CHECKING:
@@ -46,33 +48,57 @@ def is_plain(value: object, n_levels: int = 8) -> bool:
 
 
 def describe_coefficients(
-    values: Sequence[float], names: Sequence[str], adapted: Collection[str]
+    values: ArrayLike, names: Sequence[str], ranks: Mapping[str, int]
 ) -> dict[str, object]:
     """What an account of a combination says of one source's coefficients.
 
     Args:
-        values: one for each of the combination's tensors, `names`.
-        adapted: the tensors that the source itself updates.
+        values: one for each of the combination's n tensors, `names`, (n,); or one for each
+            rank-one component of the source in each, (n, r), padded.
+        ranks: of the source, for each tensor that it updates.
 
     Returns:
-        `coefficient`, the number if it is the same for each tensor, else the mean over those
-        that the source updates; then also `coefficients`, all of them in the order of the
-        account's `tensors` as base64 of little-endian float16. llama.cpp turns arrays of the
-        metadata into long texts, so this one is a short text already.
+        `coefficient`, the number if it is the same everywhere, else the mean over what the source
+        updates; then also `coefficients`, all of them in the order of the account's `tensors` as
+        base64 of little-endian float16. llama.cpp turns arrays of the metadata into long texts,
+        so this one is a short text already.
     """
-    own = [value for value, name in zip(values, names, strict=True) if name in adapted]
+    table = np.asarray(values, np.float64)
+    own = own_coefficients(table, names, ranks)
     if len(set(own)) <= 1:
         return {"coefficient": own[0] if own else 0.0}
+    if table.ndim == 2:
+        table = table[:, : max(ranks.values())]
     largest = float(np.finfo(np.float16).max)
-    packed = np.clip(values, -largest, largest).astype("<f2").tobytes()
-    mean = float(f"{math.fsum(own) / len(own):.6g}")
+    packed = np.clip(table, -largest, largest).astype("<f2").tobytes()
+    mean = float(f"{mean_coefficient(table, names, ranks):.6g}")
     return {"coefficient": mean, "coefficients": base64.b64encode(packed).decode("ascii")}
 
 
-def read_coefficients(provenance: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Coefficients by tensor of each source that has other ones for other tensors.
+def own_coefficients(
+    table: NDArray[np.float64], names: Sequence[str], ranks: Mapping[str, int]
+) -> list[float]:
+    """Those of the tensors that the source updates, and without padding."""
+    own = [(row, ranks[name]) for row, name in zip(table, names, strict=True) if name in ranks]
+    if table.ndim == 1:
+        return [float(row) for row, _ in own]
+    return [float(value) for row, rank in own for value in for_components(row, rank)]
 
-    {} if there are none, or none that can be read.
+
+def mean_coefficient(
+    table: NDArray[np.float64], names: Sequence[str], ranks: Mapping[str, int]
+) -> float:
+    """One number for a source whose coefficients differ, 0 where it updates nothing."""
+    own = own_coefficients(table, names, ranks)
+    return math.fsum(own) / len(own) if own else 0.0
+
+
+def read_coefficients(
+    provenance: Mapping[str, Any],
+) -> dict[str, dict[str, float | list[float]]]:
+    """Coefficients by tensor of each source that has other ones for other tensors or components.
+
+    A list has one for each component. {} if there are none, or none that can be read.
     """
     tensors, sources = provenance.get("tensors"), provenance.get("sources")
     if not isinstance(tensors, dict) or not isinstance(sources, list):
@@ -86,10 +112,13 @@ def read_coefficients(provenance: Mapping[str, Any]) -> dict[str, dict[str, floa
     return found
 
 
-def _unpacked(text: str, n: int) -> list[float] | None:
+def _unpacked(text: str, n: int) -> list[float | list[float]] | None:
     try:
-        data = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        values = np.frombuffer(base64.b64decode(text, validate=True), "<f2")
+        table = values.astype(np.float64).reshape(n, -1)
+    except (binascii.Error, ValueError, ZeroDivisionError):
         return None
-    values = np.frombuffer(data, "<f2") if len(data) == 2 * n else np.full(1, np.nan)
-    return [float(value) for value in values] if np.isfinite(values).all() else None
+    if not table.size or not np.isfinite(table).all():
+        return None
+    rows: list[float | list[float]] = (table[:, 0] if table.shape[1] == 1 else table).tolist()
+    return rows

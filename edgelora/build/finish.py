@@ -55,7 +55,8 @@ def write_combination(
     """Combine a candidate's adapters as the options ask, with all that tells how it was made.
 
     Args:
-        by_tensor: coefficients (k,) for each tensor in place of the candidate's own.
+        by_tensor: coefficients for each tensor, (k,) or for each component (k, r), in place of the
+            candidate's own.
         told: what joins the provenance.
 
     Raises:
@@ -63,10 +64,10 @@ def write_combination(
     """
     options, pool = work.options, work.pool
     rows = by_tensor or {"": candidate.coefficients * candidate.scale}
-    used = np.flatnonzero(np.any(list(rows.values()), axis=0))
+    used = np.flatnonzero(np.any([row.reshape(len(row), -1).any(1) for row in rows.values()], 0))
     paths = [pool.paths[i] for i in used]
-    kept = {name: [float(c) for c in row[used]] for name, row in rows.items()}
-    coefficients = _own_tensors(kept, paths) if by_tensor else kept[""]
+    kept = {name: row[used] for name, row in rows.items()}
+    coefficients = _own_tensors(kept, paths) if by_tensor else kept[""].tolist()
     return merge_adapters(
         paths,
         coefficients,
@@ -95,9 +96,7 @@ def own_facts(work: Work) -> dict[str, Scalar]:
     }
 
 
-def _own_tensors(
-    rows: Mapping[str, list[float]], paths: Sequence[Path]
-) -> Mapping[str, list[float]]:
+def _own_tensors(rows: Mapping[str, Array], paths: Sequence[Path]) -> Mapping[str, Array]:
     """Without the tensors that none of these adapters updates."""
     names = {name for path in paths for name in open_lora(path).plan}
     return {name: row for name, row in rows.items() if name in names}

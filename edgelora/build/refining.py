@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
+from edgelora.adapters.provenance import mean_coefficient
 from edgelora.build.finish import write_combination
 from edgelora.build.gradients import MAX_SOURCES, Gradients, threads
 from edgelora.build.proposals import Nearness
@@ -70,7 +71,8 @@ def refine(
     )
     if options.n_folds and not found.n_passes:
         work.warn("no gradient pass lowered the held-out loss: the coefficients are the start's")
-    return _as_trial(work, by_tensor, refined, nearness, folder), refined
+    means = _means(by_tensor, gradients.adapters)
+    return _as_trial(work, by_tensor, means, refined, nearness, folder), refined
 
 
 class Teller:
@@ -159,21 +161,27 @@ def _descend(
 
 
 def _spread(row: Array, positions: Sequence[int], k: int) -> Array:
-    """(k,) with zeros for adapters that took no part; rounded to what a provenance holds."""
-    whole = np.zeros(k)
+    """Of all k, with zeros for those that took no part; rounded to what a provenance holds."""
+    whole = np.zeros((k, *row.shape[1:]))
     whole[list(positions)] = row.astype(np.float16)
     return whole
+
+
+def _means(by_tensor: dict[str, Array], files: Sequence[LoraFile]) -> Array:
+    """One number for each adapter, (k,), to be shown."""
+    names, table = list(by_tensor), np.array(list(by_tensor.values()))
+    return np.array([mean_coefficient(table[:, i], names, f.ranks) for i, f in enumerate(files)])
 
 
 def _as_trial(
     work: Work,
     by_tensor: dict[str, Array],
+    means: Array,
     refined: Refined,
     nearness: Nearness | None,
     folder: Path,
 ) -> Trial:
     """The combination as a file, written as it would be published."""
-    means = np.mean(list(by_tensor.values()), axis=0)
     told = {
         "refined": {
             "by": NAME,

@@ -21,6 +21,8 @@ class Adam:
         memory: the same of their squares (beta 2).
         penalty: the pull towards the start, as a share of the way back for each unit of `step`.
         sparsity: the pull of an L1 penalty towards 0, where values stay, for each unit of `step`.
+        averaging: the share of the running average of the values that a step keeps (the start has
+            none); 0: the average is the values. Steps on few examples are noisy, averages less so.
     """
 
     step: float
@@ -28,21 +30,26 @@ class Adam:
     memory: float = 0.999
     penalty: float = 0.0
     sparsity: float = 0.0
+    averaging: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
 class Track:
-    """The values after `n_steps` steps, with the running means of gradients and their squares."""
+    """The values after `n_steps` steps, with the running means of gradients and their squares.
+
+    `average` is that of the values: what a descent returns, while slopes are taken at `values`.
+    """
 
     values: Array
     mean: Array
     square: Array
+    average: Array
     n_steps: int
 
 
 def begin(start: Array) -> Track:
     """A track before its first step."""
-    return Track(start, np.zeros_like(start), np.zeros_like(start), 0)
+    return Track(start, np.zeros_like(start), np.zeros_like(start), start, 0)
 
 
 def advance(track: Track, gradient: Array, start: Array, adam: Adam) -> Track:
@@ -51,10 +58,12 @@ def advance(track: Track, gradient: Array, start: Array, adam: Adam) -> Track:
         m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
         w = w - step ((m / (1 - b1^t)) / sqrt(v / (1 - b2^t)) + penalty (w - start))
         w = sign(w) max(0, |w| - step sparsity)
+        average = average + (1 - b3) / (1 - b3^t) (w - average)
 
     Adam (arXiv:1412.6980, algorithm 1) with a decoupled pull (arXiv:1711.05101, algorithm 2), here
-    towards the start in place of zero, and the proximal step of an L1 penalty. A value whose
-    gradient was always 0 only follows the pulls.
+    towards the start in place of zero, the proximal step of an L1 penalty, and the exponential
+    form of Polyak's average (doi:10.1137/0330046). A value whose gradient was always 0 only follows
+    the pulls.
 
     Args:
         gradient, start: of the shape and dtype of the track's values.
@@ -70,4 +79,6 @@ def advance(track: Track, gradient: Array, start: Array, adam: Adam) -> Track:
     values = track.values - kind(adam.step) * move
     if adam.sparsity:
         values = np.sign(values) * np.maximum(np.abs(values) - kind(adam.step * adam.sparsity), 0)
-    return Track(values, mean, square, n)
+    share = (1 - adam.averaging) / (1 - adam.averaging**n)
+    average = kind(1 - share) * track.average + kind(share) * values
+    return Track(values, mean, square, average, n)

@@ -14,8 +14,9 @@ from edgelora.errors import InvalidFile
 from edgelora.gradient.adam import Track
 from edgelora.gradient.weights import Array
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA_KEY = "edgelora.descent"
+_PARTS = ("values", "mean", "square", "average")
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 
@@ -62,7 +63,7 @@ class Checkpoint:
 
         arrays = {"best": self.best}
         for number, track in enumerate(self.tracks):
-            for part in ("values", "mean", "square"):
+            for part in _PARTS:
                 arrays[f"{part}.{number}"] = getattr(track, part)
         facts = {
             "version": FORMAT_VERSION,
@@ -117,9 +118,9 @@ def _parse(data: bytes) -> Checkpoint:
     best, steps = arrays["best"], [int(n) for n in facts["n_steps"]]
     tracks = []
     for number, n_steps in enumerate(steps):
-        parts = [arrays[f"{part}.{number}"] for part in ("values", "mean", "square")]
-        tracks.append(Track(parts[0], parts[1], parts[2], n_steps))
-        if any((part.shape, part.dtype) != (best.shape, best.dtype) for part in parts):
+        parts = {part: arrays[f"{part}.{number}"] for part in _PARTS}
+        tracks.append(Track(**parts, n_steps=n_steps))
+        if any((p.shape, p.dtype) != (best.shape, best.dtype) for p in parts.values()):
             raise ValueError(f"track {number} has other shapes than the best values")
     return Checkpoint(str(facts["key"]), tuple(tracks), best, _tally(facts["tally"]))
 

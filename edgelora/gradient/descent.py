@@ -29,11 +29,11 @@ class DescentOptions:
     """How coefficients are found; the defaults are the best of docs/gradient.md.
 
     Attributes:
-        weights: one coefficient of an adapter for each "tensor", for each "layer", or one for the
-            whole "adapter".
+        weights: one coefficient for each rank-one "component" of an adapter in each tensor, one
+            for each "tensor", for each "layer", or one for the whole "adapter".
         n_passes: over the examples, at most.
         batch_size: examples a step; 0 for all.
-        step, momentum, memory, penalty, sparsity: see adam.Adam.
+        step, momentum, memory, penalty, sparsity, averaging: see adam.Adam.
         n_folds: of the cross-validation that stops the descent, one for each example if there are
             fewer; 0 runs all passes.
         patience: passes without a better held-out loss after which it stops.
@@ -53,6 +53,7 @@ class DescentOptions:
     objective: str = "loss"
     momentum: float = 0.9
     memory: float = 0.99
+    averaging: float = 0.8
     patience: int = 2
 
 
@@ -61,8 +62,9 @@ class Descended:
     """What a descent found.
 
     Attributes:
-        coefficients: tensor name -> (k,) float64, what `updates.Combined` and a merge take. With
-            folds it is the mean of what the folds found, so that every example has a say.
+        coefficients: tensor name -> (k,) float64, or for components (k, largest rank), what
+            `updates.Combined` and a merge take. With folds it is the mean of what the folds found,
+            so that every example has a say.
         n_passes: at which it was stopped: the pass that the coefficients are from.
         support_losses: nats a token in each pass, met before each step.
         held_out_losses: cross-validated, at the start and after each pass; empty without folds.
@@ -193,7 +195,12 @@ def _minimisation(
         variables=variables,
         examples=texts,
         adam=Adam(
-            options.step, options.momentum, options.memory, options.penalty, options.sparsity
+            options.step,
+            options.momentum,
+            options.memory,
+            options.penalty,
+            options.sparsity,
+            options.averaging,
         ),
         schedule=_schedule(options, len(texts)),
         passes=replace(passes or PassOptions(), objective=measure),

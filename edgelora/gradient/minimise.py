@@ -189,7 +189,7 @@ class Minimisation:
         """The track after the unit, and what was measured before it."""
         texts = self._texts(unit)
         if unit.held_out:
-            updates = self.variables.updates(track.values)
+            updates = self.variables.updates(track.average)
             return track, self.decoder.losses(texts, updates, self.passes)
         gradient, scores = self.variables.gradient(self.decoder, texts, track.values, self.passes)
         if not math.isfinite(mean_loss(scores)) or not np.isfinite(gradient).all():
@@ -254,7 +254,7 @@ def _is_best(held_out_losses: Sequence[float]) -> bool:
 
 
 def _mean(tracks: Sequence[Track]) -> Array:
-    """The mean of the values of all tracks, in their dtype."""
+    """The mean of the averages of all tracks, in their dtype."""
     if len(tracks) == 1:
-        return tracks[0].values
-    return np.asarray(np.mean([track.values for track in tracks], axis=0))
+        return tracks[0].average
+    return np.asarray(np.mean([track.average for track in tracks], axis=0))

@@ -24,22 +24,29 @@ STACKED_RANK = 1024
 
 
 class CoefficientGradients:
-    """dL/dc of every adapter of a bank in every tensor: c multiplies s B A.
+    """dL/dc of every rank-one component of a bank in every tensor: c_ir multiplies s_i b_ir a_ir.
 
-    `dL/dc_i = s_i sum_t (g B_i)_t . (x A_i^T)_t`: it is linear, so it does not depend on the
-    coefficients at which the pass was run, except through x and g.
+    `dL/dc_ir = s_i sum_t (g B_i)_tr (x A_i^T)_tr`: the update is linear, so this does not depend on
+    the coefficients at which the pass was run, except through x and g.
 
     Attributes:
         names: the n_tensors tensors that any adapter updates.
-        values: (k, n_tensors) float64; 0 where an adapter does not update a tensor.
+        components: (k, n_tensors, largest rank) float64; 0 beyond an adapter's rank, and where it
+            does not update a tensor.
     """
 
     def __init__(self, adapters: Sequence[LoraFile], stacked_rank: int = STACKED_RANK) -> None:
         self.names = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.plan))
-        self.values = np.zeros((len(adapters), len(self.names)))
+        rank = max((p.rank for adapter in adapters for p in adapter.plan.values()), default=0)
+        self.components = np.zeros((len(adapters), len(self.names), rank))
         self._adapters = adapters
         self._columns = {name: column for column, name in enumerate(self.names)}
         self._stacked_rank = stacked_rank
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """The same of whole adapters, where c_i multiplies s_i B_i A_i: (k, n_tensors)."""
+        return np.asarray(self.components.sum(axis=2))
 
     def __call__(self, name: str, x: Array, g: Array) -> None:
         """Add the gradients of one matrix."""
@@ -51,10 +58,11 @@ class CoefficientGradients:
             stacked_a, stacked_b = _stack(pairs, x)
             products = x @ stacked_a.T
             products *= g @ stacked_b
-            starts = np.cumsum([0, *ranks[:-1]])
-            sums = np.add.reduceat(products.sum(axis=0, dtype=np.float64), starts)
-            scales = np.array([pair.scale for pair in pairs])
-            self.values[group, self._columns[name]] += scales * sums
+            owners = np.repeat(group, ranks)
+            within = np.concatenate([np.arange(rank) for rank in ranks])
+            sums = products.sum(axis=0, dtype=np.float64)
+            sums *= np.repeat([pair.scale for pair in pairs], ranks)
+            self.components[owners, self._columns[name], within] += sums
 
     def _groups(self, name: str) -> Iterator[list[int]]:
         """Adapters that update a tensor, as many at a time as may be stacked."""

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, check
-from edgelora.adapters.lora import LoraPair
+from edgelora.adapters.lora import LoraPair, for_components
 from edgelora.errors import IncompatibleAdapter, UnsupportedFile
 from edgelora.gradient.hyperparameters import EMBEDDING
 
@@ -17,7 +18,7 @@ Updates = Mapping[str, LoraPair]
 
 
 class Combined(Mapping[str, LoraPair]):
-    """`sum_i c_i s_i B_i A_i`, with coefficients for each tensor; stacked when asked for.
+    """`sum_i s_i B_i diag(c_i) A_i`, coefficients for each tensor; stacked when asked for.
 
     A tensor whose coefficients are all zero is not in it.
     """
@@ -25,26 +26,29 @@ class Combined(Mapping[str, LoraPair]):
     def __init__(
         self,
         adapters: Sequence[LoraFile],
-        coefficients: Mapping[str, Sequence[float]],
+        coefficients: Mapping[str, ArrayLike],
         dtype: type[np.floating[Any]] = np.float32,
     ) -> None:
-        """Coefficients: for each tensor's name, one for each adapter."""
+        """Coefficients: for each tensor's name, one for each adapter, (k,), or each component.
+
+        The latter are (k, r), padded to the largest rank.
+        """
         self.adapters = adapters
-        self.coefficients = coefficients
+        self.coefficients = {name: np.asarray(row, float) for name, row in coefficients.items()}
         self._dtype = dtype
         self._used = {
             name: used
-            for name, row in coefficients.items()
-            if (used := [i for i, c in enumerate(row) if c and name in adapters[i].plan])
+            for name, row in self.coefficients.items()
+            if (used := [i for i, c in enumerate(row) if c.any() and name in adapters[i].plan])
         }
 
     def __getitem__(self, name: str) -> LoraPair:
         row = self.coefficients[name]
-        pairs = [(float(row[i]), self.adapters[i].pair(name)) for i in self._used[name]]
+        pairs = [(row[i], self.adapters[i].pair(name)) for i in self._used[name]]
         lora_a = np.concatenate([pair.lora_a for _, pair in pairs], dtype=self._dtype)
         lora_b = np.concatenate([pair.lora_b for _, pair in pairs], axis=1, dtype=self._dtype)
-        ranks = [pair.rank for _, pair in pairs]
-        lora_b *= np.repeat([c * pair.scale for c, pair in pairs], ranks).astype(self._dtype)
+        factors = [for_components(c, pair.rank) * pair.scale for c, pair in pairs]
+        lora_b *= np.concatenate(factors).astype(self._dtype)
         return LoraPair(name, lora_a, lora_b, 1.0)
 
     def __iter__(self) -> Iterator[str]:

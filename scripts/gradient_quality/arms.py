@@ -217,10 +217,9 @@ def _merged(bench: Bench, begin: _Begin, found: Descended, rank: int | str) -> M
     path = bench.path(f"gradient-{found.n_passes}-{rank}.gguf")
     files = [bench.case.adapters[i] for i in begin.positions]
     method = {"method": "cat"} if rank == "cat" else {"method": "svd", "rank": rank}
-    coefficients = {name: [float(c) for c in row] for name, row in found.coefficients.items()}
-    if not any(any(row) for row in coefficients.values()):
+    if not any(row.any() for row in found.coefficients.values()):
         return Made([], found.n_tokens + begin.n_tokens, {"passes": 0})
-    report = merge_adapters(files, coefficients, path, force=True, **method)
+    report = merge_adapters(files, found.coefficients, path, force=True, **method)
     facts = {
         "passes": found.n_passes,
         "support_losses": _rounded(found.support_losses),
