@@ -139,11 +139,12 @@ def test_coefficients_for_each_tensor_beat_the_start_and_are_told(
     account = told(out)
     assert account["operator"] == "gradient" and account["seed"] == 0
     assert account["refined"]["passes"] == refined.n_passes
-    assert (account["refined"]["weights"], account["refined"]["objective"]) == ("tensor", "loss")
+    assert (account["refined"]["weights"], account["refined"]["objective"]) == ("component", "loss")
     means = {s["name"]: s["coefficient"] for s in account["sources"]}
     assert means == pytest.approx(built.coefficients, abs=1e-4)
     by_tensor = read_coefficients(account)
-    assert set(by_tensor) == set(means) and len(set(by_tensor[HELPER].values())) > 1
+    of_helper = [value for row in by_tensor[HELPER].values() for value in row]
+    assert set(by_tensor) == set(means) and len(set(of_helper)) == len(of_helper)
     assert not list(out.parent.glob("*.refine"))
 
 
@@ -160,8 +161,8 @@ def test_the_file_is_the_sum_that_its_provenance_tells(
         exact = np.zeros((pair.lora_b.shape[0], pair.lora_a.shape[1]))
         for name, lora in sources.items():
             own = lora.pair(pair.name)
-            product = own.lora_b.astype(np.float64) @ own.lora_a.astype(np.float64)
-            exact += rows[name][pair.name] * own.scale * product
+            weighted = own.lora_b.astype(np.float64) * rows[name][pair.name]
+            exact += own.scale * weighted @ own.lora_a.astype(np.float64)
         np.testing.assert_allclose(pair.lora_b @ pair.lora_a, exact, atol=1e-4)
 
 
@@ -197,12 +198,14 @@ def test_no_refinement_measures_no_adapter(world: World, model: Model, out: Path
     assert not built.losses_alone and built.refined is None
 
 
-@pytest.mark.parametrize(("weights", "n_values"), [("tensor", 6), ("layer", 2), ("adapter", 1)])
+@pytest.mark.parametrize(
+    ("weights", "n_values"), [("component", 24), ("tensor", 6), ("layer", 2), ("adapter", 1)]
+)
 def test_weights_may_be_shared(
     weights: str, n_values: int, world: World, model: Model, out: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Two layers of three adapted matrices each."""
+    """Two layers of three adapted matrices each, adapters of rank 4."""
     real, seen = refining.write_combination, []
 
     def spying(*arguments: Any, by_tensor: dict[str, np.ndarray], **more: Any) -> MergeReport:
@@ -215,8 +218,9 @@ def test_weights_may_be_shared(
     (by_tensor,) = seen
     assert len(by_tensor) == 6 and built.refined is not None and built.refined.n_passes > 0
     for i in range(builds.N_ADAPTERS):
-        assert len({row[i] for row in by_tensor.values()}) == n_values
-        if weights != "tensor":
+        values = {c for row in by_tensor.values() for c in np.ravel(row[i])}
+        assert n_values - 2 <= len(values) <= n_values  # two may be rounded to one float16
+        if weights in ("layer", "adapter"):
             first = {row[i] for name, row in by_tensor.items() if name.startswith("blk.0.")}
             assert len(first) == 1
 

@@ -40,7 +40,7 @@ class Options:
     operator: str = "auto"
     refine: str = "forward"
     passes: int = 10
-    weights: str = "tensor"
+    weights: str = "component"
     objective: str = ""
     polish: int = 0
     budget_tokens: int = DEFAULT_BUDGET

@@ -57,9 +57,10 @@ _N_RANKED = 5
 )
 @click.option(
     "--weights",
-    default="tensor",
+    default="component",
     show_default=True,
-    help="One coefficient of an adapter for each tensor or layer, or for the whole adapter.",
+    help="One coefficient of an adapter for each rank-one component in each tensor, for each "
+    "tensor, for each layer, or for the whole adapter.",
 )
 @click.option("--objective", default="", help="Of the gradient: loss, prompts or entropy.")
 @click.option(

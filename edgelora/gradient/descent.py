@@ -42,7 +42,7 @@ class DescentOptions:
             (arXiv:2310.02575).
     """
 
-    weights: str = "tensor"
+    weights: str = "component"
     n_passes: int = 10
     batch_size: int = 2
     step: float = 0.03
