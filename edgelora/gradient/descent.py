@@ -15,11 +15,12 @@ from edgelora.errors import EdgeLoRAError
 from edgelora.gradient import layers
 from edgelora.gradient.adam import Adam
 from edgelora.gradient.checkpoint import Checkpoint, fingerprint
+from edgelora.gradient.components import Components
 from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step, count_tokens
 from edgelora.gradient.observers import CoefficientGradients, per_adapter
 from edgelora.gradient.updates import Updates, refuse_misfits
-from edgelora.gradient.variables import Coefficients
+from edgelora.gradient.variables import WEIGHTS, Coefficients
 
 OBJECTIVES = ("loss", "prompts", "entropy")
 
@@ -45,7 +46,7 @@ class DescentOptions:
     weights: str = "component"
     n_passes: int = 10
     batch_size: int = 2
-    step: float = 0.03
+    step: float = 0.04
     penalty: float = 0.0
     sparsity: float = 0.0
     n_folds: int = 2
@@ -110,7 +111,7 @@ def descend(
     """
     options = options or DescentOptions()
     refuse_misfits(adapters, decoder.base)
-    variables = Coefficients(adapters, start, options.weights)
+    variables = _variables(adapters, start, options, passes or PassOptions())
     work = _minimisation(decoder, adapters, examples, variables, options, passes)
     state, is_interrupted = work.run(work.open(checkpoint), listen, checkpoint)
     found = _found(state, variables)
@@ -177,11 +178,37 @@ def objective_examples(
     ]
 
 
+def _variables(
+    adapters: Sequence[LoraFile],
+    start: NDArray[np.float64],
+    options: DescentOptions,
+    passes: PassOptions,
+) -> Coefficients | Components:
+    """What varies.
+
+    Raises:
+        EdgeLoRAError: no adapters, an unknown kind of weights, another number of them, or a
+            sparsity that would not be one of coefficients.
+    """
+    if options.weights not in WEIGHTS:
+        raise EdgeLoRAError(f"no weights for each {options.weights}", hint=f"One of {WEIGHTS}.")
+    if not len(adapters) or start.shape != (len(adapters),):
+        raise EdgeLoRAError(f"{len(adapters)} adapters and a start of shape {start.shape}")
+    if options.weights != "component":
+        return Coefficients(adapters, start, options.weights)
+    if options.sparsity:
+        raise EdgeLoRAError(
+            "coefficients of components are moved together, none alone to zero",
+            hint="Use sparsity with weights for tensors, layers or adapters.",
+        )
+    return Components(adapters, start, passes.scratch)
+
+
 def _minimisation(
     decoder: Decoder,
     adapters: Sequence[LoraFile],
     examples: Sequence[TokenisedExample],
-    variables: Coefficients,
+    variables: Coefficients | Components,
     options: DescentOptions,
     passes: PassOptions | None,
 ) -> Minimisation:
@@ -218,7 +245,7 @@ def _schedule(options: DescentOptions, n_examples: int) -> Schedule:
     )
 
 
-def _found(state: Checkpoint, variables: Coefficients) -> Descended:
+def _found(state: Checkpoint, variables: Coefficients | Components) -> Descended:
     tally = state.tally
     return Descended(
         coefficients=variables.by_tensor(state.best),

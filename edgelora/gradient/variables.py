@@ -44,36 +44,22 @@ class Variables(Protocol):
 class Coefficients:
     """One coefficient of each of k adapters for each tensor, each layer, or altogether.
 
-    With "component" there is one for each rank-one component b_r a_r in each tensor: as many as
-    the rank, in the place of one for the whole update B A.
-
     Attributes:
         names: the tensors that any adapter updates.
-        start: (k * groups,) float64; for components (k * tensors * largest rank,), padded.
+        start: (k * groups,) float64.
     """
 
     def __init__(self, adapters: Sequence[LoraFile], start: Array, weights: str) -> None:
-        """Start: (k,), the coefficient of each adapter in every tensor.
-
-        Raises:
-            EdgeLoRAError: no adapters, an unknown kind of weights, or another number of them.
-        """
-        if weights not in WEIGHTS:
-            raise EdgeLoRAError(f"no weights for each {weights}", hint=f"One of {WEIGHTS}.")
-        if not len(adapters) or start.shape != (len(adapters),):
-            raise EdgeLoRAError(f"{len(adapters)} adapters and a start of shape {start.shape}")
+        """Start: (k,), the coefficient of each adapter in every tensor."""
         self._adapters = adapters
-        slopes = CoefficientGradients(adapters)
-        self.names = slopes.names
-        self._width = slopes.components.shape[2] if weights == "component" else 0
+        self.names = CoefficientGradients(adapters).names
         self._groups = _groups(self.names, weights)
-        n_groups = (int(self._groups.max()) + 1) * max(1, self._width)
+        n_groups = int(self._groups.max()) + 1
         self.start: Array = np.repeat(np.asarray(start, np.float64), n_groups)
 
     def by_tensor(self, values: Array) -> dict[str, NDArray[np.float64]]:
-        """Coefficients for each tensor's name: (k,), or (k, largest rank) of components."""
-        shape = (len(self._adapters), -1, self._width) if self._width else (len(self._adapters), -1)
-        table = values.reshape(shape)[:, self._groups]
+        """Coefficients (k,) for each tensor's name."""
+        table = values.reshape(len(self._adapters), -1)[:, self._groups]
         return {
             name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(self.names)
         }
@@ -92,8 +78,6 @@ class Coefficients:
         """The slope of a group's coefficient is the sum of those of its tensors."""
         found = CoefficientGradients(self._adapters)
         scores = decoder.gradients(examples, self.updates(values), found, options)
-        if self._width:
-            return found.components.ravel(), scores
         member = self._groups[:, None] == np.arange(self._groups.max() + 1)
         return np.asarray((found.values @ member).ravel()), scores
 
@@ -146,7 +130,7 @@ class Factors:
 
 def _groups(names: Sequence[str], weights: str) -> NDArray[np.int64]:
     """The group of each tensor, numbered from 0 in the order in which they appear."""
-    if weights in ("tensor", "component"):
+    if weights == "tensor":
         return np.arange(len(names))
     if weights == "adapter":
         return np.zeros(len(names), np.int64)
