@@ -14,7 +14,7 @@ from edgelora.adapters.gguf_lora import LoraFile, open_lora
 from edgelora.engine.score import mean_loss
 from edgelora.errors import EdgeLoRAError
 from edgelora.gradient import components
-from edgelora.gradient.components import Components, inverse_root
+from edgelora.gradient.components import Components, principal_directions
 from edgelora.gradient.decoder import PassOptions, open_decoder
 from edgelora.gradient.descent import DescentOptions, descend
 from edgelora.gradient.updates import Combined
@@ -101,14 +101,14 @@ def test_a_descent_is_the_same_with_its_roots_on_disk(
     assert whole.support_losses[1] < whole.support_losses[0]
 
 
-def test_an_inverse_root_by_hand() -> None:
-    root, inverse = inverse_root(np.array([[2.0, 1.0], [1.0, 2.0]]))  # eigenvalues 3 and 1
+def test_principal_directions_by_hand() -> None:
+    root, inverse = principal_directions(np.array([[2.0, 1.0], [1.0, 2.0]]))  # eigenvalues 1 and 3
     ridge = 1e-3 * 2
-    parts = np.array([1, 1]) / np.sqrt(2), np.array([1, -1]) / np.sqrt(2)
-    expected = sum(np.outer(v, v) / np.sqrt(n + ridge) for v, n in zip(parts, (3, 1), strict=True))
-    assert root == pytest.approx(expected)
+    expected = np.array([[1, 1], [1, 1]]) / np.sqrt(2) / np.sqrt([1 + ridge, 3 + ridge])
+    assert np.abs(root) == pytest.approx(expected)
+    assert root[0, 1] * root[1, 1] > 0 > root[0, 0] * root[1, 0]
     assert root @ inverse == pytest.approx(np.eye(2))
-    assert inverse_root(np.zeros((2, 2)))[0] == pytest.approx(np.eye(2))
+    assert principal_directions(np.zeros((2, 2)))[0] == pytest.approx(np.eye(2))
 
 
 def test_sparsity_of_components_is_refused(base: Path, bank: list[LoraFile]) -> None:
