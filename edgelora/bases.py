@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edgelora.embedding_cache import cache_folder
 from edgelora.errors import InvalidFile, NotFound
+from edgelora.shipped import shipped
 
 MODELS_VARIABLE = "EDGELORA_MODELS"
 HUB = "https://huggingface.co"
@@ -96,9 +97,7 @@ def models_folder() -> Path:
 
 
 def _catalogue_path() -> Path:
-    """In the wheel beside the code; in a checkout (editable install) in models/."""
-    inside = Path(__file__).parent / "models" / "bases.json"
-    return inside if inside.is_file() else Path(__file__).parent.parent / "models" / "bases.json"
+    return shipped("bases.json")
 
 
 def _places(entry: BaseEntry) -> list[Path]:

@@ -109,10 +109,14 @@ def test_the_wheel_carries_the_catalogue_and_not_the_bank(tmp_path: Path) -> Non
     with tarfile.open(sdist) as archive:
         assert not [name for name in archive.getnames() if "models/bank" in name]
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith(".gguf")]
+        ggufs = [name for name in archive.namelist() if name.endswith(".gguf")]
+        assert ggufs == ["edgelora/models/catalogue/mistral-7b-v0.1.vocabulary.gguf"]
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target"]
     subprocess.run([*install, str(tmp_path / "site"), str(wheel)], check=True, capture_output=True)
-    code = "import edgelora, edgelora.bases as b; print(edgelora.__file__, *b.catalogue())"
+    code = (
+        "import edgelora, edgelora.bases as b; from edgelora.suggest.catalogue import *;"
+        "assert len(read_catalogue().counted) == 479; print(edgelora.__file__, *b.catalogue())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -130,5 +134,6 @@ def _copy_with_a_bank(folder: Path) -> Path:
         shutil.copy2(ROOT / name, folder)
     (folder / "models" / "bank").mkdir(parents=True)
     shutil.copy2(ROOT / "models" / "bases.json", folder / "models")
+    shutil.copytree(ROOT / "models" / "catalogue", folder / "models" / "catalogue")
     (folder / "models" / "bank" / "one.gguf").write_bytes(b"GGUF")
     return folder

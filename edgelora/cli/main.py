@@ -10,6 +10,7 @@ from edgelora import __version__
 
 COMMANDS = {
     "bank": "Convert PEFT adapters once and keep them with their signatures.",
+    "suggest": "Name public adapters for your dataset, without downloading any.",
     "build": "Combine adapters of a bank into one for your dataset.",
     "merge": "Combine adapters by hand, with weights you give.",
     "show": "Print how an adapter was made.",
