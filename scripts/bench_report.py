@@ -1,10 +1,10 @@
-"""Write the tables of docs/performance.md from the measurements that are committed in results/.
+"""Write the tables of docs/ from the measurements that are committed in results/.
 
 usage: python scripts/bench_report.py [--check]
 
-Each table stands between <!-- NAME --> and <!-- /NAME --> in the page; the words around it are
+Each table stands between <!-- NAME --> and <!-- /NAME --> in its page; the words around it are
 written by hand. Of several measurements of one part and model the newest counts. --check writes
-nothing and fails where the page is not what the results say.
+nothing and fails where a page is not what the results say.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import suggest_benchmark.report as suggestions
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "serve.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
+SUGGESTIONS = ROOT / "results" / "suggest.jsonl"
+SUGGESTIONS_PAGE = ROOT / "docs" / "results.md"
 NOTHING = "Not measured yet."
 Measured = dict[str, Any]
 
@@ -46,12 +50,30 @@ def fill(page: str, rows: Sequence[Measured]) -> str:
     """
     for part, section in SECTIONS.items():
         of_part = [row for row in rows if row["part"] == part]
-        text = "\n\n".join(map(section, of_part)) or NOTHING
-        place = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- /{part} -->)", re.DOTALL)
-        page, n = place.subn(lambda found, text=text: f"{found[1]}{text}{found[2]}", page)
-        if n != 1:
-            raise SystemExit(f"the page has {n} places <!-- {part} -->, one is needed")
+        page = put(page, part, "\n\n".join(map(section, of_part)) or NOTHING)
     return page
+
+
+def put(page: str, part: str, text: str) -> str:
+    """The page with `text` at the place of one part.
+
+    Raises:
+        SystemExit: the page has no such place, or two.
+    """
+    place = re.compile(rf"(<!-- {part} -->\n).*?(\n<!-- /{part} -->)", re.DOTALL)
+    page, n = place.subn(lambda found: f"{found[1]}{text}{found[2]}", page)
+    if n != 1:
+        raise SystemExit(f"the page has {n} places <!-- {part} -->, one is needed")
+    return page
+
+
+def pages() -> dict[Path, str]:
+    """Every page with tables, as the results say that it should be."""
+    told = suggestions.report(read_results(SUGGESTIONS))
+    return {
+        PAGE: fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
+        SUGGESTIONS_PAGE: put(SUGGESTIONS_PAGE.read_text(encoding="utf-8"), "suggest", told),
+    }
 
 
 def _parallel(row: Measured) -> str:
@@ -177,15 +199,15 @@ def _python(system: Measured) -> str:
 
 
 def main() -> int:
-    """Fill the page in; with --check only compare."""
+    """Fill the pages in; with --check only compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
     options = parser.parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    filled = fill(page, read_results(RESULTS))
+    filled = pages()
     if options.check:
-        return int(filled != page)
-    PAGE.write_text(filled, encoding="utf-8")
+        return int(any(page.read_text(encoding="utf-8") != text for page, text in filled.items()))
+    for page, text in filled.items():
+        page.write_text(text, encoding="utf-8")
     return 0
 
 

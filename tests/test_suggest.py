@@ -247,32 +247,29 @@ def random_counts(seed: int, k: int = 7, n_vocab: int = 50) -> tuple[Counts, NDA
 
 
 def test_a_similarity_worked_by_hand() -> None:
-    # Tokens 0 and 1; the first row has both once, the second only token 1, four times.
-    counts = Counts(np.array([0, 2, 3]), np.array([0, 1, 1]), np.array([1.0, 1.0, 4.0]))
-    own = np.array([9.0, 0.0])
-    assert field_similarity(own, counts, 0.0) == pytest.approx([1 / np.sqrt(2), 0.0])
-    # idf: log(3 / 2) for token 0; token 1, which both have, is worth nothing.
-    assert token_weights(counts, 2) == pytest.approx([np.log(1.5), 0.0])
-    assert field_similarity(own, counts, 1.0) == pytest.approx([1.0, 0.0])
+    # Of three tasks the first has tokens 0 and 1, the second 1 four times, the third 1 and 2.
+    counts = Counts(np.array([0, 2, 3, 5]), np.array([0, 1, 1, 1, 2]), np.array([1.0, 1, 4, 1, 1]))
+    # idf: log(4 / 2) for tokens 0 and 2; token 1, which all have, is worth nothing.
+    assert token_weights(counts, 3) == pytest.approx([np.log(2), 0.0, np.log(2)])
+    assert field_similarity(np.array([9.0, 0.0, 0.0]), counts) == pytest.approx([1.0, 0.0, 0.0])
+    # The dataset has token 0 once and token 2 e times: weights 1 and 2, so 1 and 2 over sqrt(5).
+    mixed = field_similarity(np.array([1.0, 7.0, np.e]), counts)
+    assert mixed == pytest.approx([1 / np.sqrt(5), 0.0, 2 / np.sqrt(5)])
 
 
-@pytest.mark.parametrize("power", [0.0, 0.25, 1.0])
-def test_similarity_equals_scipys_cosine(power: float) -> None:
+def test_similarity_equals_scipys_cosine() -> None:
     from scipy.spatial.distance import cosine
 
     counts, dense = random_counts(1)
     own = np.random.default_rng(2).integers(0, 5, 50).astype(float)
     idf = np.log(8 / (1 + (dense > 0).sum(axis=0)))
-    expected = [1 - cosine(np.sqrt(own), np.sqrt(row), w=idf ** (2 * power)) for row in dense]
-    assert field_similarity(own, counts, power) == pytest.approx(expected, abs=1e-12)
 
+    def damped(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.array([1 + np.log(value) if value else 0.0 for value in x])
 
-def test_without_idf_it_is_one_less_the_squared_hellinger_distance() -> None:
-    counts, dense = random_counts(3)
-    own = dense[2] + 1
-    p, q = own / own.sum(), dense / dense.sum(axis=1, keepdims=True)
-    hellinger = ((np.sqrt(p) - np.sqrt(q)) ** 2).sum(axis=1) / 2
-    assert field_similarity(own, counts, 0.0) == pytest.approx(1 - hellinger)
+    expected = [1 - cosine(damped(own), damped(row), w=idf**2) for row in dense]
+    assert field_similarity(own, counts) == pytest.approx(expected, abs=1e-12)
+    assert field_similarity(dense[3], counts)[3] == pytest.approx(1.0)
     assert field_similarity(np.zeros(50), counts).tolist() == [0.0] * 7
 
 

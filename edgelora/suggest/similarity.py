@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from edgelora.suggest.catalogue import Counts
 
-# Chosen by scripts/benchmark_suggest.py on half of the tasks; docs/results.md has the other half.
-IDF_POWER = 0.25
-WEIGHTS: Mapping[str, float] = {"instruction": 0.5, "prompt": 0.375, "completion": 0.125}
+# Tuned by scripts/benchmark_suggest.py on half of the sources; docs/results.md has the other half.
+WEIGHTS: Mapping[str, float] = {"instruction": 0.375, "prompt": 0.5, "completion": 0.125}
 
 
 def token_weights(counts: Counts, n_vocab: int) -> NDArray[np.float64]:
@@ -26,23 +25,22 @@ def token_weights(counts: Counts, n_vocab: int) -> NDArray[np.float64]:
     return weights
 
 
-def field_similarity(
-    own: NDArray[np.float64], counts: Counts, idf_power: float = IDF_POWER
-) -> NDArray[np.float64]:
-    """The cosine between the square roots of counts, each times idf ** idf_power: (k,) in [0, 1].
+def field_similarity(own: NDArray[np.float64], counts: Counts) -> NDArray[np.float64]:
+    """The TF-IDF cosine, of (1 + log count) * idf, with each of k tasks: (k,) in [0, 1].
 
-    With power 0 that is the Bhattacharyya coefficient of the two token distributions, which is 1
-    less the squared Hellinger distance.
+    Salton and Buckley, 1988, "Term-weighting approaches in automatic text retrieval".
 
     Args:
         own: (n_vocab,), the dataset's counts of one field; without any, all similarities are 0.
         counts: those of k tasks.
     """
-    weights = token_weights(counts, len(own)) ** idf_power
-    vector = np.sqrt(own) * weights
     k = len(counts.indptr) - 1
+    weights = token_weights(counts, len(own))
+    vector = np.zeros(len(own))
+    used = own > 0
+    vector[used] = (1.0 + np.log(own[used])) * weights[used]
+    values = (1.0 + np.log(counts.counts)) * weights[counts.tokens]
     rows = np.repeat(np.arange(k), np.diff(counts.indptr))
-    values = np.sqrt(counts.counts) * weights[counts.tokens]
     products = np.bincount(rows, values * vector[counts.tokens], minlength=k)
     lengths = np.sqrt(np.bincount(rows, values**2, minlength=k)) * np.linalg.norm(vector)
     cosines: NDArray[np.float64] = np.divide(products, lengths, out=np.zeros(k), where=lengths > 0)
