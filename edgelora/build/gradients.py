@@ -22,6 +22,7 @@ from edgelora.build.work import Work
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import UnsupportedFile
 from edgelora.gradient import layers
+from edgelora.gradient.components import memory_of_directions
 from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.descent import (
     DescentOptions,
@@ -262,6 +263,8 @@ def _memory(
     inputs = base.n_layer * n_rows * base.n_embd * _FLOAT
     room = int(_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available) - inputs
     transient = _transient(decoder, n_rows, longest, files)
+    if work.options.refine == "gradient" and work.options.weights == "component":
+        transient += memory_of_directions(files[:MAX_SOURCES])
     if room < 0:
         scratch.mkdir(parents=True, exist_ok=True)
         return transient, replace(passes, scratch=scratch)

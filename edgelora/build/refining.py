@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,7 @@ def _descend(
         found = descend(
             gradients.decoder, files, gradients.examples, start, options,
             passes=gradients.passes, listen=tell, checkpoint=path,
+            prepare=partial(work.listener.progress, "principal directions of the bank, tensors"),
         )  # fmt: skip
     except Interrupted as stopped:
         if not ask_to_keep(work, COEFFICIENTS, stopped.best.n_passes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,12 +60,17 @@ class Components:
     """
 
     def __init__(
-        self, adapters: Sequence[LoraFile], start: Array, scratch: Path | None = None
+        self,
+        adapters: Sequence[LoraFile],
+        start: Array,
+        scratch: Path | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Start: (k,), the coefficient of each adapter in every tensor.
 
         Args:
             scratch: a folder for what does not fit the memory; None for the system's own.
+            progress: called with the tensors whose directions are found, and their number.
         """
         self._adapters = adapters
         slopes = CoefficientGradients(adapters)
@@ -77,11 +82,13 @@ class Components:
         self.start: Array = np.zeros(self._places[-1].values.stop)
         total = 0.0
         with one_blas_thread():  # the same values again when a descent goes on
-            for place, root, name in zip(self._places, self._roots, self.names, strict=True):
+            for place, root in zip(self._places, self._roots, strict=True):
+                name = self.names[place.column]
                 gram = _gram([a.pair(name) for a in adapters if name in a.plan])
                 total += float(np.trace(gram))
                 root[:], inverse = principal_directions(gram)
                 self.start[place.values] = inverse @ start[place.owners]
+                progress(place.column + 1, len(self.names))
         self._size = float(np.sqrt(total / len(self.start))) or 1.0
         self.start /= self._size
 
@@ -115,6 +122,12 @@ class Components:
         return slopes, scores
 
 
+def memory_of_directions(adapters: Sequence[LoraFile]) -> int:
+    """Bytes that `Components` holds in memory for a bank, beside what lies in a file."""
+    n_bytes = 4 * sum(size * size for size in _ranks_by_tensor(adapters).values())
+    return n_bytes if n_bytes <= _IN_MEMORY_BYTES else 0
+
+
 def principal_directions(gram: Float64) -> tuple[Float64, Float64]:
     """V (L + ridge)^(-1/2) and its inverse, for `G = V L V'`; of a zero matrix the unit matrix.
 
@@ -136,6 +149,15 @@ def _gram(pairs: Sequence[LoraPair]) -> Float64:
     scales = np.repeat([pair.scale for pair in pairs], [pair.rank for pair in pairs])
     products = (lora_a @ lora_a.T).astype(np.float64) * (lora_b.T @ lora_b)
     return np.asarray(products * np.outer(scales, scales))
+
+
+def _ranks_by_tensor(adapters: Sequence[LoraFile]) -> dict[str, int]:
+    """The sum of the ranks of all adapters, for each tensor."""
+    found: dict[str, int] = {}
+    for adapter in adapters:
+        for name, rank in adapter.ranks.items():
+            found[name] = found.get(name, 0) + rank
+    return found
 
 
 def _places(adapters: Sequence[LoraFile], names: Sequence[str]) -> Iterator[_Place]:

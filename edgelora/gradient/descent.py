@@ -88,6 +88,7 @@ def descend(
     *,
     passes: PassOptions | None = None,
     listen: Callable[[Step], None] = lambda step: None,
+    prepare: Callable[[int, int], None] = lambda done, total: None,
     checkpoint: Path | None = None,
 ) -> Descended:
     """Adam on the coefficients of `adapters` for each tensor, from `start`.
@@ -99,6 +100,7 @@ def descend(
     Args:
         start: (k,), the coefficient of each adapter in every tensor.
         passes: how a pass is run; its objective is that of `options`.
+        prepare: called with the tensors whose components are prepared, and their number.
         checkpoint: where the state is kept; a descent goes on from there. It stays at the end:
             going on returns the result at once, or adds the passes that are allowed now.
 
@@ -111,7 +113,7 @@ def descend(
     """
     options = options or DescentOptions()
     refuse_misfits(adapters, decoder.base)
-    variables = _variables(adapters, start, options, passes or PassOptions())
+    variables = _variables(adapters, start, options, passes or PassOptions(), prepare)
     work = _minimisation(decoder, adapters, examples, variables, options, passes)
     state, is_interrupted = work.run(work.open(checkpoint), listen, checkpoint)
     found = _found(state, variables)
@@ -183,6 +185,7 @@ def _variables(
     start: NDArray[np.float64],
     options: DescentOptions,
     passes: PassOptions,
+    prepare: Callable[[int, int], None],
 ) -> Coefficients | Components:
     """What varies.
 
@@ -201,7 +204,7 @@ def _variables(
             "coefficients of components are moved together, none alone to zero",
             hint="Use sparsity with weights for tensors, layers or adapters.",
         )
-    return Components(adapters, start, passes.scratch)
+    return Components(adapters, start, passes.scratch, prepare)
 
 
 def _minimisation(
