@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,13 @@ from edgelora.files import publish, write_atomic
 
 
 def write_peft(
-    lora: LoraFile, base: Base, folder: Path, *, base_model: str = "", force: bool = False
+    lora: LoraFile,
+    base: Base,
+    folder: Path,
+    *,
+    base_model: str = "",
+    one_rank: bool = False,
+    force: bool = False,
 ) -> None:
     """Write `folder`/adapter_model.safetensors and adapter_config.json.
 
@@ -37,6 +44,9 @@ def write_peft(
 
     Args:
         base_model: what PEFT should call the base (default: the base GGUF's own name).
+        one_rank: for loaders that read r and lora_alpha alone (vLLM, llama.cpp's converter):
+            factors get zeros up to the largest rank and patterns are empty. Where scales differ,
+            they go into lora_b, which becomes F32.
 
     Raises:
         IncompatibleAdapter: the adapter does not fit this base.
@@ -48,12 +58,16 @@ def write_peft(
     if problems:
         raise IncompatibleAdapter(f"{lora.path}: does not fit {base.path}", problems=problems)
     modules = _modules(lora, architecture)
-    config = _config(lora, modules, architecture, base_model or base.name)
+    rank, alpha = _one_rank(lora) if one_rank else (None, None)
+    config = _config(lora, modules, architecture, base_model or base.name, rank, alpha)
     config["target_modules"] = _targets(list(modules.values()), architecture, base.n_layer)
     arrays: dict[str, NDArray[np.floating]] = {}
     for tensor, module in modules.items():
         n_heads = n_permuted_heads(tensor, architecture, base.n_head, base.n_head_kv)
-        arrays.update(_named_factors(lora.pair(tensor), module, n_heads))
+        pair = lora.pair(tensor)
+        if rank is not None and alpha is not None:
+            pair = _padded(pair, rank, alpha / rank)
+        arrays.update(_named_factors(pair, module, n_heads))
     encoded = json.dumps(config, indent=2, sort_keys=True).encode() + b"\n"
     with publish(folder / "adapter_model.safetensors", force=force) as temporary:
         save_safetensors(temporary, arrays, {"format": "pt"})
@@ -95,12 +109,41 @@ def _named_factors(
     return {f"{prefix}.lora_A.weight": pair.lora_a, f"{prefix}.lora_B.weight": lora_b}
 
 
+def _one_rank(lora: LoraFile) -> tuple[int, float]:
+    """The rank and the alpha that stand for every pair: alpha = r where scales differ."""
+    rank = max(map(lora.rank, lora.names))
+    scales = {lora.alpha / lora.rank(name) if lora.alpha else 1.0 for name in lora.names}
+    return rank, rank * (scales.pop() if len(scales) == 1 else 1.0)
+
+
+def _padded(pair: LoraPair, rank: int, scale: float) -> LoraPair:
+    """The same update with zeros up to `rank`, and with `scale` as its scale."""
+    missing = rank - pair.rank
+    lora_b = pair.lora_b
+    if not math.isclose(pair.scale, scale, rel_tol=1e-9):
+        lora_b = lora_b.astype(np.float32) * np.float32(pair.scale / scale)
+    return LoraPair(
+        pair.name,
+        np.pad(pair.lora_a, ((0, missing), (0, 0))),
+        np.pad(lora_b, ((0, 0), (0, missing))),
+        scale,
+    )
+
+
 def _config(
-    lora: LoraFile, modules: Mapping[str, str], architecture: Architecture, base_model: str
+    lora: LoraFile,
+    modules: Mapping[str, str],
+    architecture: Architecture,
+    base_model: str,
+    one_rank: int | None,
+    one_alpha: float | None,
 ) -> dict[str, Any]:
-    ranks = {module: lora.rank(tensor) for tensor, module in modules.items()}
+    ranks = {module: one_rank or lora.rank(tensor) for tensor, module in modules.items()}
     # Alpha 0 in a GGUF means scale 1, that is alpha = r.
-    alphas = {module: lora.alpha or float(rank) for module, rank in ranks.items()}
+    alphas = {
+        module: (lora.alpha or float(rank)) if one_alpha is None else one_alpha
+        for module, rank in ranks.items()
+    }
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     return {
         "peft_type": "LORA",

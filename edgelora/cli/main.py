@@ -13,6 +13,7 @@ COMMANDS = {
     "suggest": "Name public adapters for your dataset, without downloading any.",
     "build": "Combine adapters of a bank into one for your dataset.",
     "merge": "Combine adapters by hand, with weights you give.",
+    "export": "An adapter for peft and vLLM, for Ollama, for llama-server.",
     "show": "Print how an adapter was made.",
     "eval": "Compare the base and adapters on a dataset.",
     "chat": "Talk to the base with an adapter.",

@@ -24,7 +24,7 @@ from edgelora.datasets.sandbox import Rendered, compile_template
 from edgelora.datasets.segments import Guard, Segment, after, controls, cut, find_ending
 from edgelora.errors import TemplateError
 
-__all__ = ["NAMED", "Segment", "Template", "open_template"]
+__all__ = ["NAMED", "Segment", "Template", "is_template_text", "open_template"]
 
 CHATML = (
     "{% for message in messages %}"
@@ -368,6 +368,11 @@ def _file_text(name: str) -> str:
     except (OSError, ValueError) as error:
         what = f"{name[:200]!r} is no template's name, no text with {{prompt}} and no readable file"
         raise TemplateError(what, hint=_HINT) from error
+
+
+def is_template_text(text: str) -> bool:
+    """Whether `open_template` takes this text itself as a template, and not as a name."""
+    return _is_jinja(text) or re.search(r"\{(prompt|input)\}", text) is not None
 
 
 def _is_jinja(text: str) -> bool:
