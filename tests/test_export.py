@@ -129,7 +129,7 @@ def test_a_scale_and_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "edgelora merge" in str(caught.value)
     monkeypatch.chdir(folder)
     words = server_words(tmp_path / "b.gguf", folder / "a.gguf", scale=2.0)
-    assert words[4] == "a.gguf:2"
+    assert words[4] == "a.gguf:2.0"
 
 
 @pytest.fixture
@@ -263,5 +263,6 @@ def test_a_recorded_template_never_names_a_file(tmp_path: Path) -> None:
 def test_options_for_one_target_only(made: tuple[Path, Path]) -> None:
     base, adapter = made
     for words in (("--to", "peft", "--scale", 2), ("--to", "ollama", "--keep-ranks"),
-                  ("--to", "llama-server", "--base-model", "x")):  # fmt: skip
+                  ("--to", "llama-server", "--base-model", "x"),
+                  ("--to", "llama-server", "--scale", "nan")):  # fmt: skip
         assert run("export", adapter, "--base", base, *words).exit_code == 2

@@ -58,13 +58,13 @@ def describe_coefficients(
         ranks: of the source, for each tensor that it updates.
 
     Returns:
-        `coefficient`, the number if it is the same everywhere, else the mean over what the source
-        updates; then also `coefficients`, all of them in the order of the account's `tensors` as
-        base64 of little-endian float16. llama.cpp turns arrays of the metadata into long texts,
-        so this one is a short text already.
+        `coefficient`, the number if it is the same everywhere (kept for a source whose updates all
+        cancelled out), else the mean over what the source updates; then also `coefficients`, all
+        of them in the order of the account's `tensors` as base64 of little-endian float16.
+        llama.cpp turns arrays of the metadata into long texts, so this one is a short text already.
     """
     table = np.asarray(values, np.float64)
-    own = own_coefficients(table, names, ranks)
+    own = own_coefficients(table, names, ranks) or table.ravel().tolist()
     if len(set(own)) <= 1:
         return {"coefficient": own[0] if own else 0.0}
     if table.ndim == 2:

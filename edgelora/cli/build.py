@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -37,7 +38,13 @@ _N_RANKED = 5
 @click.option(
     "--bank", "bank_path", required=True, type=click.Path(path_type=Path), help="Folder of a bank."
 )
-@data_options
+@functools.partial(data_options, required=False)
+@click.option(
+    "--from",
+    "recorded",
+    type=click.Path(path_type=Path),
+    help="Instead of --data: an adapter whose own record is followed again.",
+)
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="The adapter to write."
 )
@@ -78,7 +85,8 @@ _N_RANKED = 5
 def command(
     base: str,
     bank_path: Path,
-    data: Path,
+    data: Path | None,
+    recorded: Path | None,
     prompt_key: str | None,
     completion_key: str | None,
     out: Path,
@@ -91,8 +99,15 @@ def command(
     """Combine adapters of a bank into one for your dataset."""
     from edgelora.bank import open_bank
     from edgelora.build import build
+    from edgelora.cli.repeat import repeat_build
     from edgelora.engine.prepare import model_template
 
+    if recorded is not None:
+        raise SystemExit(
+            repeat_build(recorded, bank_path, base, out, bool(choices["force"]), as_json)
+        )
+    if data is None:
+        raise click.UsageError("Missing option '--data' (or '--from', to repeat a build).")
     options = _options(**choices)
     bank = open_bank(bank_path)
     dataset = load_dataset(data, prompt_key, completion_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,8 @@ def command(
         raise click.UsageError(
             "--scale is for --to llama-server; for others: edgelora merge FILE:SCALE -o OUT."
         )
+    if not math.isfinite(scale):
+        raise click.UsageError("--scale takes a finite number.")
     if to != PEFT and (keep_ranks or base_model):
         raise click.UsageError("--keep-ranks and --base-model are for --to peft.")
     lora = open_lora(adapter)

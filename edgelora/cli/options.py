@@ -34,13 +34,16 @@ type_option = click.option(
 )
 
 
-def data_options(command: Command) -> Command:
+def data_options(command: Command, *, required: bool = True) -> Command:
     """--data, --prompt-key and --completion-key (`data`, `prompt_key`, `completion_key`)."""
     for option in (
         click.option("--completion-key", help="Column of the dataset's completions."),
         click.option("--prompt-key", help="Column of the dataset's prompts."),
         click.option(
-            "--data", required=True, type=click.Path(path_type=Path), help="Dataset: JSONL, CSV ..."
+            "--data",
+            required=required,
+            type=click.Path(path_type=Path),
+            help="Dataset: JSONL, CSV ...",
         ),
     ):
         command = option(command)

@@ -25,7 +25,7 @@ def server_words(
     if scale == 1.0:
         words += ["--lora", _csv(str(adapter.absolute()))]
     else:
-        words += ["--lora-scaled", _csv(f"{_without_colon(adapter)}:{scale:g}")]
+        words += ["--lora-scaled", _csv(f"{_without_colon(adapter)}:{scale!r}")]
     words.append("--jinja")
     if chat_template is not None:
         words += ["--chat-template-file", str(chat_template.absolute())]
