@@ -18,6 +18,9 @@ from edgelora.errors import DatasetError
 from edgelora.signature import Signature, summarise
 
 DEFAULT_N_EMBEDDED = 64
+# How texts become embeddings. Signatures that were made otherwise cannot be compared with ours, so
+# this changes with every change of it: it travels with signatures that people share.
+EMBEDDING = "plain text, windows of 512 tokens, all layers, output norm, mean over tokens"
 _CHUNK = 32
 
 

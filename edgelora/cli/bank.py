@@ -14,6 +14,7 @@ from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome,
 from edgelora.bank.requests import make_requests
 from edgelora.bank.store import with_template
 from edgelora.cli import console
+from edgelora.cli.signatures import signatures
 
 TYPES = ("f16", "f32", "bf16", "q8_0")
 
@@ -27,6 +28,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.group()
 def command() -> None:
     """Convert PEFT adapters once and keep them with their signatures."""
+
+
+command.add_command(signatures)
 
 
 @command.command()
