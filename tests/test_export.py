@@ -132,6 +132,11 @@ def test_a_scale_and_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert words[4] == "a.gguf:2.0"
 
 
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[Path, Path]:
     """A base, and an adapter with ranks 2 and 4 that records a template of its own."""
@@ -148,7 +153,7 @@ def test_ollama(made: tuple[Path, Path]) -> None:
     result = run("export", adapter, "--to", "ollama", "--base", base)
     assert result.exit_code == 0, result.output
     out = adapter.with_name("my a.Modelfile")
-    assert result.stdout == f"{out}\n" and "ollama create 'my a' -f" in result.stderr
+    assert result.stdout == f"{out.name}\n" and "ollama create 'my a' -f" in result.stderr
     text = out.read_text()
     commands = dict(read_modelfile(text))
     assert (commands["FROM"], commands["ADAPTER"]) == (str(base), str(adapter))
@@ -266,3 +271,15 @@ def test_options_for_one_target_only(made: tuple[Path, Path]) -> None:
                   ("--to", "llama-server", "--base-model", "x"),
                   ("--to", "llama-server", "--scale", "nan")):  # fmt: skip
         assert run("export", adapter, "--base", base, *words).exit_code == 2
+
+
+def test_values_that_are_no_numbers_are_not_exported(tmp_path: Path) -> None:
+    base = pico.write_base(tmp_path / "base.gguf")
+    adapter = pico.write_random_lora(tmp_path / "a.gguf", base, dtype="f32")
+    data = bytearray(adapter.read_bytes())
+    data[-4:] = b"\x00\x00\xc0\x7f"  # a NaN
+    adapter.write_bytes(data)
+    for to in ("peft", "ollama", "llama-server"):
+        result = run("export", adapter, "--to", to, "--base", base)
+        assert result.exit_code == 1 and "NaN or infinite" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "base.gguf"]

@@ -21,7 +21,7 @@ from edgelora.adapters.architectures import (
     separate_rows,
 )
 from edgelora.adapters.base import Base
-from edgelora.adapters.gguf_lora import LoraFile, check
+from edgelora.adapters.gguf_lora import LoraFile, check, find_nonfinite
 from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.safetensors_file import save_safetensors
 from edgelora.errors import IncompatibleAdapter, UnsupportedFile
@@ -49,12 +49,12 @@ def write_peft(
             they go into lora_b, which becomes F32.
 
     Raises:
-        IncompatibleAdapter: the adapter does not fit this base.
+        IncompatibleAdapter: the adapter does not fit this base, or holds NaN.
         UnsupportedFile: an architecture, or tensors, that PEFT's modules cannot name.
         AlreadyExists: the folder holds an adapter and `force` is false.
     """
     architecture = _architecture(lora)
-    problems = check(lora, base)
+    problems = check(lora, base) or find_nonfinite(lora)
     if problems:
         raise IncompatibleAdapter(f"{lora.path}: does not fit {base.path}", problems=problems)
     modules = _modules(lora, architecture)

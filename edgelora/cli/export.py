@@ -31,7 +31,7 @@ PEFT, OLLAMA, SERVER = "peft", "ollama", "llama-server"
     "--out",
     type=click.Path(path_type=Path),
     help="PEFT folder (default: NAME-peft), Modelfile (NAME.Modelfile) or chat template "
-    "(NAME.jinja), beside the adapter.",
+    "(NAME.jinja), in the working folder.",
 )
 @click.option("--template", help="Prompt template (default: what the adapter records).")
 @click.option("--scale", default=1.0, show_default=True, help="Of the adapter, for llama-server.")
@@ -68,19 +68,19 @@ def command(
         raise click.UsageError("--keep-ranks and --base-model are for --to peft.")
     lora = open_lora(adapter)
     if to == PEFT:
-        _to_peft(lora, base, out or _beside(adapter, "-peft"), keep_ranks, base_model, force)
+        _to_peft(lora, base, out or _named_after(adapter, "-peft"), keep_ranks, base_model, force)
         return
     recorded = template or _recorded_template(lora)
     with open_engine(base, threads, True) as model:
         model.adapter(adapter)
         if to == OLLAMA:
-            _to_ollama(lora, model, recorded, out or _beside(adapter, ".Modelfile"), force)
+            _to_ollama(lora, model, recorded, out or _named_after(adapter, ".Modelfile"), force)
         else:
-            _to_server(lora, model, recorded, out or _beside(adapter, ".jinja"), scale, force)
+            _to_server(lora, model, recorded, out or _named_after(adapter, ".jinja"), scale, force)
 
 
-def _beside(adapter: Path, ending: str) -> Path:
-    return adapter.with_name(adapter.name.removesuffix(".gguf") + ending)
+def _named_after(adapter: Path, ending: str) -> Path:
+    return Path(adapter.name.removesuffix(".gguf") + ending)
 
 
 def _to_peft(
