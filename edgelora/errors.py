@@ -77,6 +77,14 @@ class NotFound(EdgeLoRAError):
     """A named base, adapter or file that does not exist."""
 
 
+class HubError(EdgeLoRAError):
+    """The Hub refuses, sends something else than it promised, or is not to be asked (offline)."""
+
+
+class HubUnreachable(HubError):
+    """The Hub does not answer: trying the next file would fail in the same way."""
+
+
 class AlreadyExists(EdgeLoRAError):
     """An output that would be overwritten without --force."""
 
