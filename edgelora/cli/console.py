@@ -19,14 +19,17 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 from edgelora.errors import EdgeLoRAError
+from edgelora.hub.offline import offline as offline_if
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -119,6 +122,36 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
             _drawn.remove(bar)
 
 
+@contextlib.contextmanager
+def transfers() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for the file that comes now; yields a function (what it is, bytes so far, in all).
+
+    With 0 bytes in all it only says what is done.
+    """
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=err.quiet or not err.is_terminal,
+    )
+    task = bar.add_task("", total=None)
+    shown = ""
+
+    def advance(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if what != shown:  # begun anew, so that the speed is that of this file
+            shown = what
+            bar.reset(task, description=safe(what), total=total or None, completed=done)
+        bar.update(task, completed=done)
+
+    with bar:
+        yield advance
+
+
 def confirm(question: str) -> bool:
     """A person's yes or no, the bars stopped meanwhile; no where nobody is at a terminal."""
     if not (err.is_terminal and sys.stdin.isatty()):
@@ -147,14 +180,15 @@ def say(message: str) -> None:
 
 
 def common_options(command: Command) -> Command:
-    """--threads, --seed, -v and -q, the same on every command."""
+    """--threads, --seed, --offline, -v and -q, the same on every command."""
 
     @click.option("--threads", type=click.IntRange(min=0), default=0, help="0: physical cores.")
     @click.option("--seed", type=int, default=0, show_default=True, help="For all that is drawn.")
+    @click.option("--offline", is_flag=True, help="Refuse every connection to another machine.")
     @click.option("-v", "--verbose", is_flag=True, help="Show llama.cpp's log and tracebacks.")
     @click.option("-q", "--quiet", is_flag=True, help="No progress, only results and warnings.")
     @functools.wraps(command)
-    def wrapper(*args: Any, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, offline: bool, verbose: bool, quiet: bool, **kwargs: Any) -> Any:
         err.quiet = quiet
         _tolerate_narrow_encodings()
         logging.basicConfig(
@@ -163,7 +197,8 @@ def common_options(command: Command) -> Command:
             handlers=[RichHandler(console=err, show_path=False)],
             force=True,
         )
-        return with_exit_codes(command, verbose)(*args, **kwargs)
+        with offline_if(offline):
+            return with_exit_codes(command, verbose)(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
 
