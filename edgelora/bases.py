@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgelora.embedding_cache import cache_folder
 from edgelora.errors import InvalidFile, NotFound
+from edgelora.local_bases import OLLAMA, hub_cache, ollama_file
 from edgelora.shipped import shipped
 
 MODELS_VARIABLE = "EDGELORA_MODELS"
@@ -67,7 +70,9 @@ def resolve(name_or_path: str | Path) -> Path:
     """The GGUF file that `--base` means: a path as it is, or the file of a catalogued name.
 
     A name is looked up in the installed packages (`smollm2-135m-instruct`), in `models_folder()`,
-    in the working folder and in the Hugging Face cache. Nothing is downloaded.
+    in the working folder and in the Hugging Face cache; another quantisation of the same file in
+    `models_folder()` will do (the smallest, where there are several). `ollama:name:tag` is a model
+    of Ollama, and a file's name alone one of `models_folder()`. Nothing is downloaded.
 
     Example:
         >>> resolve("smollm2-135m-instruct").name  # with the demo extra installed
@@ -80,6 +85,10 @@ def resolve(name_or_path: str | Path) -> Path:
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
+    if str(name_or_path).startswith(OLLAMA):
+        return ollama_file(str(name_or_path).removeprefix(OLLAMA))
+    if path.name == str(path) and (models_folder() / path).is_file():
+        return models_folder() / path
     entry = catalogue().get(str(name_or_path).lower())
     if entry is None:
         raise _unknown(str(name_or_path))
@@ -106,14 +115,20 @@ def _places(entry: BaseEntry) -> list[Path]:
         spec = importlib.util.find_spec(entry.package)
         folders = (spec.submodule_search_locations or []) if spec else []
         return [Path(folder) / entry.file for folder in folders]
-    return [models_folder() / entry.file, Path.cwd() / entry.file, *_hub_cache(entry)]
+    named = [models_folder() / entry.file, Path.cwd() / entry.file, *_hub_cache(entry)]
+    return [*named, *_other_types(entry)]
 
 
 def _hub_cache(entry: BaseEntry) -> list[Path]:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    folder = cache / f"models--{str(entry.repository).replace('/', '--')}" / "snapshots"
+    folder = hub_cache() / f"models--{str(entry.repository).replace('/', '--')}" / "snapshots"
     return sorted(folder.glob(f"*/{entry.file}"))
+
+
+def _other_types(entry: BaseEntry) -> list[Path]:
+    """The same base in other types (`name.Q4_K_M.gguf`) in the folder of models, smallest first."""
+    stem = re.sub(r"\.[A-Za-z0-9_]+\.gguf$", "", entry.file)
+    found = models_folder().glob(f"{glob.escape(stem)}.*.gguf")
+    return sorted(found, key=lambda path: (path.stat().st_size, path.name))
 
 
 def _unknown(name: str) -> NotFound:
@@ -140,6 +155,7 @@ def _missing(entry: BaseEntry, places: list[Path]) -> NotFound:
         problems=[f"looked for {place}" for place in places],
         hint=(
             f"Fetch it ({entry.size_bytes / 1e9:.2f} GB, {entry.licence}) with:\n"
+            f"  edgelora pull base {entry.name}\nor with:\n"
             f"  curl -L -C - --create-dirs -o '{target}' \\\n    {entry.url}\n"
             f"or give the path of a GGUF that you have."
         ),
