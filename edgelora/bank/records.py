@@ -55,6 +55,7 @@ class BankRecord:
     licence: str
     category: str
     description: str
+    origin: str
     ranks: tuple[int, int]
     n_tensors: int
     dtype: str
@@ -105,6 +106,7 @@ class Facts:
     Attributes:
         template: the prompt template that it was trained with, "chat" for the base's own.
         source: of its data; several are separated by ", ".
+        origin: the Hub's repository and commit that it was fetched from, `org/name@commit`.
     """
 
     template: str | None = None
@@ -112,6 +114,7 @@ class Facts:
     licence: str | None = None
     category: str | None = None
     description: str | None = None
+    origin: str | None = None
 
     def items(self) -> Iterator[tuple[str, str]]:
         """The facts that were given and are not empty."""
@@ -142,7 +145,7 @@ def _record(path: Path, lora: LoraFile) -> BankRecord:
     texts: dict[str, Any] = {
         field: str(lora.metadata.get(_PREFIX + field, ""))
         for field in (
-            *("template", "source", "licence", "category", "description"),
+            *("template", "source", "licence", "category", "description", "origin"),
             *("source_sha256", "content_sha256", "created_by"),
         )
     }

@@ -201,6 +201,7 @@ def show(name: str, bank_path: Path, as_json: bool, **_: Any) -> None:
         "category": record.category,
         "licence": record.licence,
         "description": record.description,
+        "fetched from": record.origin,
         "signature": "yes" if record.has_signature else "no (operators that need one skip it)",
         "made from": f"sha256 {record.source_sha256}",
         "content": f"sha256 {record.content_sha256}",

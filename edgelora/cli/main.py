@@ -9,6 +9,7 @@ import click
 from edgelora import __version__
 
 COMMANDS = {
+    "pull": "Fetch a base or adapters from the Hugging Face Hub.",
     "bank": "Convert PEFT adapters once and keep them with their signatures.",
     "suggest": "Name public adapters for your dataset, without downloading any.",
     "build": "Combine adapters of a bank into one for your dataset.",

@@ -1,0 +1,1 @@
+"""Bases and adapters from the Hub: fetched, checked, converted, ready without the network."""
