@@ -50,9 +50,7 @@ def test_commands_on_local_files_open_no_socket(tmp_path: Path) -> None:
     bank, adapter = tmp_path / "bank", tmp_path / "bank" / "adapters" / "one.gguf"
     lines = (
         ("bank", "add", folder, "--name", "one", "--bank", bank, "--base", base, "--data", data),
-        ("bank", "verify", "--bank", bank),
         ("eval", "--base", base, "--adapter", adapter, "--data", data, "--no-generate"),
-        ("merge", adapter, "-o", tmp_path / "merged.gguf"),
         ("pull", "base", "--local"),
     )
     for words in lines:
@@ -61,17 +59,21 @@ def test_commands_on_local_files_open_no_socket(tmp_path: Path) -> None:
         assert not events & TALK, (words, events)
 
 
-@pytest.mark.parametrize("words", [("pull", "base", "mistral-7b-instruct-v0.2"),
-                                   ("pull", "base", "org/name")])  # fmt: skip
-def test_pull_refuses_before_any_socket(words: tuple[str, ...], tmp_path: Path) -> None:
-    chosen = ({"EDGELORA_OFFLINE": "1"}, {"HF_HUB_OFFLINE": "true"}, {})
-    for variables in chosen:
-        flag = [] if variables else ["--offline"]
-        code, stderr, events = trapped(
-            tmp_path, *words, *flag, EDGELORA_MODELS=str(tmp_path / "models"), **variables
-        )
-        assert code == 1 and "needs the network, and this is offline" in stderr
-        assert events == set() and not (tmp_path / "models").exists()
+@pytest.mark.parametrize(
+    ("name", "variables", "flag"),
+    [
+        ("mistral-7b-instruct-v0.2", {"EDGELORA_OFFLINE": "1"}, ()),
+        ("org/name", {"HF_HUB_OFFLINE": "true"}, ()),
+        ("org/name", {}, ("--offline",)),
+    ],
+)
+def test_pull_refuses_before_any_socket(
+    name: str, variables: dict[str, str], flag: tuple[str, ...], tmp_path: Path
+) -> None:
+    variables = {**variables, "EDGELORA_MODELS": str(tmp_path / "models")}
+    code, stderr, events = trapped(tmp_path, "pull", "base", name, *flag, **variables)
+    assert code == 1 and "needs the network, and this is offline" in stderr
+    assert events == set() and not (tmp_path / "models").exists()
 
 
 def test_pull_bank_refuses_too(tmp_path: Path) -> None:

@@ -222,6 +222,9 @@ def test_any_repository_with_its_dataset_and_licence(
     hub.add("me/data", {"train/0.parquet": rows, "test/0.parquet": rows}, kind="datasets")
     result = run("pull", "bank", "me/my.LoRA", "--base", base_path, "--bank", tmp_path / "bank",
                  "--dataset", "me/data", "--template", "alpaca", "--threads", 1)  # fmt: skip
+    named = run("pull", "bank", "me/my.LoRA", "--base", base_path, "--bank", tmp_path / "other",
+                "--name", "tickets")  # fmt: skip
+    assert named.exit_code == 0 and open_bank(tmp_path / "other").record("tickets")
     assert result.exit_code == 0, result.output
     record = open_bank(tmp_path / "bank").record("my.LoRA")
     assert (record.licence, record.has_signature) == ("mit", True)
@@ -251,6 +254,20 @@ def test_a_hub_that_dies_stops_the_run_and_what_came_is_used(
     hub.faults.clear()
     assert "2 added, 1 signed, 0 refused" in run(*words(base_path, bank, *TASKS)).stdout
     assert leftovers(bank) == []
+
+
+def test_offline_what_is_there_is_told_and_what_is_missing_stops(
+    hub: Hub, base_path: Path, tmp_path: Path
+) -> None:
+    bank = tmp_path / "bank"
+    run(*words(base_path, bank, "task022"))
+    hub.asked.clear()
+    there = run(*words(base_path, bank, "task022", "--offline"))
+    assert there.exit_code == 0 and "1 already there" in there.stdout
+    missing = run(*words(base_path, bank, "task022", "task033", "--offline"))
+    assert missing.exit_code == 1 and "1 already there" in missing.stdout
+    assert "needs the network, and this is offline" in missing.stderr
+    assert hub.asked == []
 
 
 def test_a_wrong_base_does_not_cost_the_whole_collection(
@@ -284,14 +301,16 @@ def test_ctrl_c_keeps_what_came_and_says_so(hub: Hub, base_path: Path, tmp_path:
 def test_killed_at_random_moments(hub: Hub, base_path: Path, tmp_path: Path) -> None:
     bank, rng = tmp_path / "bank", random.Random(0)
     command = words(base_path, bank, *TASKS)
-    for _ in range(4):
+    for n_requests in (2, 1, 3, 2):  # each run goes on where the one before was killed
+        hub.asked.clear()
         with start(command) as process:
-            time.sleep(rng.uniform(0.5, 1.6))
+            while len(hub.asked) < n_requests and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.1))
             process.kill()
             process.communicate()
-        if (bank / "bank.json").exists():
-            problems = verify(open_bank(bank))
-            assert [p for p in problems if not p.startswith(".edgelora-tmp-")] == []
+        problems = verify(open_bank(bank))
+        assert [p for p in problems if not p.startswith(".edgelora-tmp-")] == []
     result = run(*command)
     assert result.exit_code == 0, result.output
     assert verify(open_bank(bank), read_base(base_path)) == [] and leftovers(bank) == []
@@ -350,7 +369,7 @@ def test_unknown_tasks_and_options_are_refused_together(base_path: Path, tmp_pat
     assert f"did you mean {TASKS['task022']}" in unknown.stderr
     for more in (("--top", 3), ("--template", "sni"), ("--for", "x.jsonl", "--tasks", "task022")):
         assert run(*line, *more).exit_code == 2
-    for more in (("--tasks", "a"), ("--for", "x"), ("b/c", "--dataset", "d/e")):
+    for more in (("--tasks", "a"), ("--for", "x"), ("b/c", "--dataset", "d/e"), ("b/name",)):
         assert run("pull", "bank", "org/name", *line[3:], *more).exit_code == 2
 
 

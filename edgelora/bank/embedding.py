@@ -24,11 +24,12 @@ def open_embedder(
     n_threads: int = 0,
     seed: int = 0,
     warn: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int], None] = lambda n_texts: None,
 ) -> Iterator[Embed]:
     """Yield a function from a dataset, or a description, to its signature by this base.
 
     Adding adapters that all have a signature never loads the base; `warn` is told what the engine
-    has to say of how it was opened.
+    has to say of how it was opened, `progress` how many texts more have been embedded.
 
     Raises (when the function is called):
         EngineError: llama.cpp refused the base.
@@ -53,6 +54,8 @@ def open_embedder(
             context, cache = engine()
             if isinstance(what, str):
                 return summarise_text(context, what, cache=cache, seed=seed)
-            return summarise_examples(context, what.examples, cache=cache, seed=seed)
+            return summarise_examples(
+                context, what.examples, cache=cache, seed=seed, progress=progress
+            )
 
         yield embed

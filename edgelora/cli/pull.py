@@ -13,6 +13,8 @@ from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome
 from edgelora.cli import console
 from edgelora.cli.options import base_option, json_option, type_option
 
+DEFAULT_TOP = 32
+
 if TYPE_CHECKING:
     from edgelora.pull.adapters import Pulled, Wanted
 
@@ -73,6 +75,7 @@ def base(
 @click.option("--top", type=click.IntRange(min=1), help="With --for: how many (default: 32).")
 @click.option("--dataset", help="Of one org/name: the Hub's dataset it was trained on (org/name).")
 @click.option("--template", help="Of org/name: the prompt template it was trained with.")
+@click.option("--name", help="Of one org/name: its name in the bank (default: the repository's).")
 @click.option("--no-signatures", is_flag=True, help="Fetch no datasets and embed nothing.")
 @type_option
 @json_option
@@ -86,6 +89,7 @@ def bank(
     top: int | None,
     dataset: str | None,
     template: str | None,
+    name: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -94,8 +98,18 @@ def bank(
     Each is converted, its dataset becomes its signature, and what was fetched is dropped. Run
     again, it goes on where it stopped.
     """
-    collection, wanted = _wanted(names, tasks, data, top, dataset, template)
-    _say_plan(wanted, bank_path, collection)
+    from edgelora.pull.lots_of_loras import COLLECTION
+
+    collection = names[0] == COLLECTION
+    if collection and (dataset or template or name):
+        raise click.UsageError("--dataset, --template and --name are for org/name.")
+    if not collection and (tasks or data or top):
+        raise click.UsageError("--tasks, --for and --top are for lots-of-loras.")
+    if collection:
+        wanted = _of_the_collection((*tasks, *names[1:]), data, top)
+    else:
+        wanted = _of_repositories(names, dataset, template, name)
+    _say_plan(wanted, bank_path, collection, signatures=not options["no_signatures"])
     try:
         pulled = _pull(wanted, bank_path, base, collection, **options)
     except KeyboardInterrupt:
@@ -110,41 +124,35 @@ def bank(
     raise SystemExit(int(any(outcome.status == REFUSED for outcome in pulled.outcomes)))
 
 
-def _wanted(
-    names: tuple[str, ...],
-    tasks: tuple[str, ...],
-    data: Path | None,
-    top: int | None,
-    dataset: str | None,
-    template: str | None,
-) -> tuple[bool, Sequence[Wanted]]:
-    """Whether it is the collection, and the adapters that are meant."""
+def _of_the_collection(
+    tasks: tuple[str, ...], data: Path | None, top: int | None
+) -> Sequence[Wanted]:
+    from edgelora.pull.lots_of_loras import find_wanted, nearest_wanted
+
+    if (data and tasks) or (top and not data):
+        raise click.UsageError("--tasks and --for exclude each other; --top belongs to --for.")
+    return find_wanted(tasks) if data is None else nearest_wanted(data, top or DEFAULT_TOP)
+
+
+def _of_repositories(
+    names: tuple[str, ...], dataset: str | None, template: str | None, name: str | None
+) -> Sequence[Wanted]:
     from edgelora.bank.names import derive_name
     from edgelora.bank.records import Facts
-    from edgelora.pull import lots_of_loras
     from edgelora.pull.adapters import Wanted
 
-    chosen = (*tasks, *names[1:])
-    if names[0] == lots_of_loras.COLLECTION:
-        if dataset or template or (data and chosen) or (top and not data):
-            raise click.UsageError(
-                "lots-of-loras takes --tasks, or --for with --top; its datasets and its template "
-                "are known."
-            )
-        if data is not None:
-            return True, lots_of_loras.nearest_wanted(data, top or 32)
-        return True, lots_of_loras.find_wanted(chosen)
-    if tasks or data or top:
-        raise click.UsageError("--tasks, --for and --top are for lots-of-loras.")
-    if dataset and len(names) > 1:
-        raise click.UsageError("--dataset is for one repository.")
+    if len(names) > 1 and (dataset or name):
+        raise click.UsageError("--dataset and --name are for one repository.")
+    chosen = [name or derive_name(Path(one.rpartition("/")[2])) for one in names]
+    if len({one.casefold() for one in chosen}) < len(chosen):
+        raise click.UsageError("Two of them would have one name: pull them apart, with --name.")
     facts = Facts(template=template)
-    return False, [
-        Wanted(derive_name(Path(name.rpartition("/")[2])), name, dataset, facts) for name in names
-    ]
+    return [Wanted(*pair, dataset, facts) for pair in zip(chosen, names, strict=True)]
 
 
-def _say_plan(wanted: Sequence[Wanted], bank_path: Path, collection: bool) -> None:
+def _say_plan(
+    wanted: Sequence[Wanted], bank_path: Path, collection: bool, *, signatures: bool
+) -> None:
     """What comes over the line and what stays; refused where it cannot fit."""
     from edgelora.errors import BankError
     from edgelora.pull.lots_of_loras import FETCHED_BYTES, KEPT_BYTES
@@ -159,6 +167,11 @@ def _say_plan(wanted: Sequence[Wanted], bank_path: Path, collection: bool) -> No
         f"{len(wanted)} adapters: at most {fetched:.2f} GB to fetch beside their datasets, "
         f"{kept:.2f} GB to keep, {free:.2f} GB free"
     )
+    if signatures:
+        console.say(
+            "signatures: the base reads 64 prompts and answers of each dataset, some minutes at 7B "
+            "(--no-signatures leaves that for later)"
+        )
     if not any((bank_path / "adapters").glob("*.gguf")) and kept > free:
         raise BankError(
             f"{bank_path}: {kept:.2f} GB are needed and {free:.2f} GB are free",
@@ -182,43 +195,58 @@ def _pull(
     from edgelora.bank.embedding import open_embedder
     from edgelora.bases import resolve
     from edgelora.datasets.read import read_dataset
-    from edgelora.pull.adapters import pull_adapters
+    from edgelora.pull.adapters import Listener, pull_adapters
     from edgelora.pull.lots_of_loras import read_rows
 
     header = read_base(resolve(base))
     opened = open_bank(bank_path, create=True)
-    embedder = open_embedder(header.path, n_threads=threads, seed=seed, warn=_warn)
-    with embedder as embed, console.transfers() as transfer:
-        return pull_adapters(
-            opened,
-            header,
-            wanted,
-            embed=embed,
-            with_signatures=not no_signatures,
-            dtype=dtype,
-            read_data=read_rows if collection else read_dataset,
-            listener=_listener(len(wanted), transfer),
-        )
+    with console.transfers() as transfer:
+        shown = _Shown(len(wanted), transfer)
+        with open_embedder(
+            header.path, n_threads=threads, seed=seed, warn=_warn, progress=shown.embedded
+        ) as embed:
+            return pull_adapters(
+                opened,
+                header,
+                wanted,
+                embed=embed,
+                with_signatures=not no_signatures,
+                dtype=dtype,
+                read_data=read_rows if collection else read_dataset,
+                listener=Listener(shown.stage, shown.file, shown.done, _warn),
+            )
 
 
-def _listener(n_wanted: int, transfer: Callable[[str, int, int], None]) -> Any:
-    from edgelora.pull.adapters import Listener
+class _Shown:
+    """What the bar says: which adapter of how many, and what is done with it."""
 
-    n_done = 0
+    def __init__(self, n_wanted: int, transfer: Callable[[str, int, int], None]) -> None:
+        self._n_wanted = n_wanted
+        self._transfer = transfer
+        self._n_done = 0
+        self._stage = ""
+        self._n_texts = 0
 
-    def done() -> None:
-        nonlocal n_done
-        n_done += 1
+    def stage(self, name: str, stage: str) -> None:
+        """Converting, embedding ..."""
+        self._stage, self._n_texts = f"{stage} {name}", 0
+        self._transfer(f"{self._place()}: {self._stage}", 0, 0)
 
-    def place() -> str:
-        return f"{n_done + 1} of {n_wanted}"
+    def file(self, file: str, done: int, total: int) -> None:
+        """A file comes."""
+        self._transfer(f"{self._place()}: {file}", done, total)
 
-    return Listener(
-        stage=lambda name, stage: transfer(f"{place()}: {stage} {name}", 0, 0),
-        transfer=lambda file, n, total: transfer(f"{place()}: {file}", n, total),
-        done=done,
-        warn=_warn,
-    )
+    def embedded(self, n_texts: int) -> None:
+        """So many texts more."""
+        self._n_texts += n_texts
+        self._transfer(f"{self._place()}: {self._stage}, {self._n_texts} texts", 0, 0)
+
+    def done(self) -> None:
+        """The next one."""
+        self._n_done += 1
+
+    def _place(self) -> str:
+        return f"{self._n_done + 1} of {self._n_wanted}"
 
 
 def _warn(text: str) -> None:
@@ -242,7 +270,8 @@ def _show_outcomes(outcomes: Sequence[Outcome]) -> None:
     if unsigned:
         _warn(
             f"{len(unsigned)} without a signature: operators that need one will skip "
-            f"{', '.join(unsigned[:5])}{' ...' if len(unsigned) > 5 else ''}"
+            f"{', '.join(unsigned[:5])}{' ...' if len(unsigned) > 5 else ''}. "
+            "The same command without --no-signatures (or with --dataset) makes them."
         )
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from edgelora.errors import HubError
+from edgelora.errors import HubError, HubUnreachable
 
 VARIABLE = "EDGELORA_OFFLINE"
 VARIABLES = (VARIABLE, "HF_HUB_OFFLINE")
@@ -28,11 +28,11 @@ def require_network(what: str) -> None:
     """Refuse what cannot be done offline, before anything is tried.
 
     Raises:
-        HubError: this is offline.
+        HubUnreachable: this is offline.
     """
     if is_offline():
         said_by = [name for name in VARIABLES if os.environ.get(name, "").lower() in _TRUE]
-        raise HubError(
+        raise HubUnreachable(
             f"{what} needs the network, and this is offline",
             hint=f"Run it without --offline (and without {' and '.join(said_by)} set), or use "
             "what is on this machine: `edgelora pull base --local`, `edgelora bank ls`.",

@@ -72,8 +72,8 @@ def read_repository(name: str, kind: str = MODEL) -> Repository:
     sent. Nothing else is: no telemetry.
 
     Raises:
-        HubError: offline, no such repository, a gated one, or an answer that is none.
-        HubUnreachable: no connection, also after a few tries.
+        HubError: no such repository, or an answer that is none.
+        HubUnreachable: offline, or no connection, also after a few tries.
     """
     require_network(f"asking the Hub for {name}")
     with explained(name, page_of(name, kind)):
