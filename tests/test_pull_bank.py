@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hub_server
@@ -25,6 +25,7 @@ from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.bank import open_bank
 from edgelora.bank.verify import verify
+from edgelora.datasets.records import Example
 from edgelora.datasets.template import SNI
 from edgelora.hub import download
 from edgelora.pull import catalogue
@@ -402,12 +403,16 @@ def test_the_nearest_are_asked_of_the_catalogue(
     data.write_text('{"prompt": "Is it odd?", "completion": "yes"}\n')
     every = {entry.task: entry for entry in catalogue.entries()}
 
-    def nearest(path: Path, top: int) -> list[catalogue.Entry]:
-        assert (path, top) == (data, 2)
-        return [every[TASKS["task190"]], every[TASKS["task033"]]][:top]
+    def nearest(
+        examples: Sequence[Example], top: int, seed: int
+    ) -> tuple[list[catalogue.Entry], list[catalogue.Entry]]:
+        assert (examples[0].prompt, top, seed) == ("Is it odd?", 2, 0)
+        return [every[TASKS["task190"]], every[TASKS["task033"]]], [every[TASKS["task022"]]]
 
     monkeypatch.setattr("edgelora.pull.lots_of_loras.nearest_entries", nearest)
     result = run(*words(base_path, tmp_path / "bank", "--for", data, "--top", 2, "--no-signatures"))
     assert result.exit_code == 0, result.output
+    assert f"nearest: {TASKS['task190']}, {TASKS['task033']}" in result.stderr
+    assert "1 adapters were not compared" in result.stderr
     names = [record.name for record in open_bank(tmp_path / "bank").records()]
     assert names == [TASKS["task033"], TASKS["task190"]]

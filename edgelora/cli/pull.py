@@ -11,7 +11,7 @@ import click
 
 from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome
 from edgelora.cli import console
-from edgelora.cli.options import base_option, json_option, type_option
+from edgelora.cli.options import base_option, json_option, load_dataset, type_option
 
 DEFAULT_TOP = 32
 
@@ -106,7 +106,7 @@ def bank(
     if not collection and (tasks or data or top):
         raise click.UsageError("--tasks, --for and --top are for lots-of-loras.")
     if collection:
-        wanted = _of_the_collection((*tasks, *names[1:]), data, top)
+        wanted = _of_the_collection((*tasks, *names[1:]), data, top, options["seed"])
     else:
         wanted = _of_repositories(names, dataset, template, name)
     _say_plan(wanted, bank_path, collection, signatures=not options["no_signatures"])
@@ -125,13 +125,20 @@ def bank(
 
 
 def _of_the_collection(
-    tasks: tuple[str, ...], data: Path | None, top: int | None
+    tasks: tuple[str, ...], data: Path | None, top: int | None, seed: int
 ) -> Sequence[Wanted]:
     from edgelora.pull.lots_of_loras import find_wanted, nearest_wanted
 
     if (data and tasks) or (top and not data):
         raise click.UsageError("--tasks and --for exclude each other; --top belongs to --for.")
-    return find_wanted(tasks) if data is None else nearest_wanted(data, top or DEFAULT_TOP)
+    if data is None:
+        return find_wanted(tasks)
+    examples = load_dataset(data).examples
+    wanted, left_out = nearest_wanted(examples, top or DEFAULT_TOP, seed=seed)
+    console.say(f"nearest: {console.safe(', '.join(one.name for one in wanted))}")
+    if left_out:
+        console.say(f"{len(left_out)} adapters were not compared: nobody counted their data")
+    return wanted
 
 
 def _of_repositories(

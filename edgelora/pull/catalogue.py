@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgelora.datasets.records import Example
 from edgelora.errors import InvalidFile, NotFound
 
 
@@ -31,9 +33,11 @@ def entries() -> list[Entry]:
         raise InvalidFile(f"{path}: not the catalogue of adapters ({error})") from error
 
 
-def nearest_entries(data: Path, top: int) -> list[Entry]:
-    """The `top` adapters whose data is nearest to a dataset, the nearest first."""
-    raise NotFound(f"{data}: the ranking of the catalogue is not part of this version yet")
+def nearest_entries(
+    examples: Sequence[Example], top: int, seed: int = 0
+) -> tuple[list[Entry], list[Entry]]:
+    """The `top` adapters whose data is nearest to a dataset, nearest first; those not compared."""
+    raise NotFound("--for: the ranking of the catalogue is not part of this version yet")
 
 
 def _path() -> Path:

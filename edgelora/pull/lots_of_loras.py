@@ -55,13 +55,16 @@ def find_wanted(patterns: Sequence[str] = ()) -> list[Wanted]:
     return [_wanted(entry) for entry in every if any(_fits(entry.task, p) for p in patterns)]
 
 
-def nearest_wanted(data: Path, top: int) -> list[Wanted]:
-    """The `top` adapters whose tasks are most like a person's own examples, the nearest first.
+def nearest_wanted(
+    examples: Sequence[Example], top: int, *, seed: int = 0
+) -> tuple[list[Wanted], list[str]]:
+    """The `top` adapters whose data is most like a person's examples, the nearest first.
 
-    Raises:
-        DatasetError: the examples cannot be read.
+    Returns:
+        The adapters, and the tasks that could not be compared because nobody counted their data.
     """
-    return [_wanted(entry) for entry in nearest_entries(data, top)]
+    nearest, left_out = nearest_entries(examples, top, seed)
+    return [_wanted(entry) for entry in nearest], [entry.task for entry in left_out]
 
 
 def read_rows(path: Path) -> Dataset:
