@@ -43,7 +43,8 @@ class Fault:
         stall_after: bytes after which nothing more comes, and the line stays open.
         bytes_instead: what is sent in place of the file, with a length that fits it.
         no_ranges: ranges are not known: the whole file comes.
-        status, code: of every answer about the repository, and the Hub's word for it.
+        status, code: of the answers about the repository, and the Hub's word for it; `n_refusals`
+            times.
         answer: the body of its listing, in place of the right one.
     """
 
@@ -54,6 +55,7 @@ class Fault:
     no_ranges: bool = False
     status: int = 0
     code: str = ""
+    n_refusals: int = 10**9
     answer: object = None
 
 
@@ -150,7 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _list(self, kind: str, name: str) -> None:
         fault = self.hub.faults.get(name, Fault())
-        if fault.status and fault.code != "GatedRepo":  # of a gated one the listing is public
+        if self._refuses(fault) and fault.code != "GatedRepo":  # whose listing is public
             self._refuse(fault.status, fault.code)
         elif (kind, name) not in self.hub.repositories:
             self._refuse(401, "RepoNotFound")
@@ -162,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, kind: str, name: str, revision: str, path: str) -> None:
         files = self.hub.repositories.get((kind, name), {})
         fault = self.hub.faults.get(name, self.hub.faults.get(f"{name}/{path}", Fault()))
-        if fault.status:
+        if self._refuses(fault):
             self._refuse(fault.status, fault.code)
         elif path not in files or revision != self.hub.commit(kind, name):
             self._refuse(404, "EntryNotFound" if path not in files else "RevisionNotFound")
@@ -200,11 +202,14 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self._answer(status, data[start:], {**headers, "Accept-Ranges": "bytes"}, fault)
 
+    def _refuses(self, fault: Fault) -> bool:
+        fault.n_refusals -= 1
+        return fault.status > 0 and fault.n_refusals >= 0
+
     def _refuse(self, status: int, code: str) -> None:
         message = {"RepoNotFound": "Invalid username or password.", "GatedRepo": "Access denied."}
-        self._answer(
-            status, b"", {"X-Error-Code": code, "X-Error-Message": message.get(code, code)}
-        )
+        headers = {"X-Error-Code": code, "X-Error-Message": message.get(code, code)}
+        self._answer(status, b"", {**headers, "Retry-After": "0"} if status == 429 else headers)
 
     def _answer(
         self, status: int, body: bytes, headers: dict[str, str], fault: Fault | None = None

@@ -208,6 +208,22 @@ def test_a_refusal_of_the_hub_says_what_to_do(
     assert NAME in str(caught.value) and bool(caught.value.hint) == (status != 400)
 
 
+def test_a_hub_that_asks_for_patience_gets_it(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[NAME] = Fault(status=429, n_refusals=1)
+    repository = read_repository(NAME)
+    hub.faults[NAME] = Fault(status=429, n_refusals=1)
+    assert fetch(repository, weights(repository), tmp_path / "w").read_bytes() == DATA
+    assert [asked.path for asked in hub.asked].count(f"/api/models/{NAME}") == 2
+
+
+def test_without_huggingface_hub_the_extra_is_named(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(HubError, match=r'pip install "edgelora\[hub\]"'):
+        read_repository(NAME)
+
+
 def test_a_gated_repository_and_a_file_that_went_away(hub: Hub, tmp_path: Path) -> None:
     hub.faults[NAME] = Fault(status=403, code="GatedRepo")
     with pytest.raises(HubError, match="gated: its owner wants to be asked") as caught:

@@ -24,6 +24,7 @@ from hub_server import Fault, Hub
 from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.bank import open_bank
+from edgelora.bank.names import check_name
 from edgelora.bank.verify import verify
 from edgelora.datasets.records import Example
 from edgelora.datasets.template import SNI
@@ -132,6 +133,11 @@ def test_adapters_come_with_signature_template_and_licence(
     commit = hub.commit("models", adapter_of("task022"))
     assert record.origin == f"{adapter_of('task022')}@{commit[:12]}"
     assert verify(opened, base) == [] and leftovers(bank) == []
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "is it odd?", "completion": "yes"}\n')
+    used = run("eval", "--base", base_path, "--adapter", record.path, "--data", data,
+               "--no-generate", "--template", "sni", "--threads", 1, "--offline")  # fmt: skip
+    assert used.exit_code == 0 and "another prompt template" not in used.stderr, used.output
     assert (
         f"fetched from {record.origin}" in run("bank", "show", record.name, "--bank", bank).stdout
     )
@@ -359,6 +365,8 @@ def test_tasks_are_found_by_name_number_and_pattern() -> None:
     assert TASKS["task190"] in [w.name for w in snli] and len(snli) > 1
     every = {(w.repository, w.dataset) for w in find_wanted()}
     assert len(every) == 502
+    for wanted in find_wanted():
+        check_name(wanted.name)
     assert (adapter_of("task022"), f"Lots-of-LoRAs/{TASKS['task022']}") in every
 
 
