@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[: fault.stall_after])
             self.wfile.flush()
             self.hub.stalled.set()
-            time.sleep(30)
+            time.sleep(600)  # its client is killed before; the thread is a daemon
         elif fault is not None and 0 <= fault.cut_after < len(body) and fault.n_cuts > 0:
             fault.n_cuts -= 1
             self.wfile.write(body[: fault.cut_after])

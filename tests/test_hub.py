@@ -121,7 +121,7 @@ def test_the_next_process_asks_for_the_rest_only(hub: Hub, tmp_path: Path) -> No
     """
     command = [sys.executable, "-c", textwrap.dedent(code), NAME, str(tmp_path / "w")]
     with subprocess.Popen(command) as process:
-        assert hub.stalled.wait(30)
+        assert hub.stalled.wait(200)
         part = wait_for_part(tmp_path, 250_000)
         process.kill()
     assert not (tmp_path / "w").exists()
@@ -133,7 +133,7 @@ def test_the_next_process_asks_for_the_rest_only(hub: Hub, tmp_path: Path) -> No
 
 def wait_for_part(folder: Path, size: int) -> Path:
     """The part once it holds `size` bytes."""
-    for _ in range(600):
+    for _ in range(4000):
         for part in folder.glob("*.part"):
             if part.stat().st_size >= size:
                 return part

@@ -31,11 +31,10 @@ def require_network(what: str) -> None:
         HubUnreachable: this is offline.
     """
     if is_offline():
-        said_by = [name for name in VARIABLES if os.environ.get(name, "").lower() in _TRUE]
         raise HubUnreachable(
             f"{what} needs the network, and this is offline",
-            hint=f"Run it without --offline (and without {' and '.join(said_by)} set), or use "
-            "what is on this machine: `edgelora pull base --local`, `edgelora bank ls`.",
+            hint=f"Run it without --offline and without {' and '.join(VARIABLES)} set, or use what "
+            "is on this machine: `edgelora pull base --local`, `edgelora bank ls`.",
         )
 
 
