@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import hub_server
@@ -26,11 +26,11 @@ from edgelora.adapters.gguf_lora import open_lora
 from edgelora.bank import open_bank
 from edgelora.bank.names import check_name
 from edgelora.bank.verify import verify
-from edgelora.datasets.records import Example
+from edgelora.datasets import read_dataset
 from edgelora.datasets.template import SNI
 from edgelora.hub import download
-from edgelora.pull import catalogue
 from edgelora.pull.lots_of_loras import find_wanted, read_rows, split_prompt
+from edgelora.suggest import suggest
 
 posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
 
@@ -404,23 +404,20 @@ def test_a_dataset_that_is_not_parquet(hub: Hub, base_path: Path, tmp_path: Path
     assert leftovers(tmp_path / "bank") == [] and open_bank(tmp_path / "bank").records() == []
 
 
-def test_the_nearest_are_asked_of_the_catalogue(
-    hub: Hub, base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_nearest_to_a_dataset_come(hub: Hub, base_path: Path, tmp_path: Path) -> None:
     data = tmp_path / "my.jsonl"
-    data.write_text('{"prompt": "Is it odd?", "completion": "yes"}\n')
-    every = {entry.task: entry for entry in catalogue.entries()}
-
-    def nearest(
-        examples: Sequence[Example], top: int, seed: int
-    ) -> tuple[list[catalogue.Entry], list[catalogue.Entry]]:
-        assert (examples[0].prompt, top, seed) == ("Is it odd?", 2, 0)
-        return [every[TASKS["task190"]], every[TASKS["task033"]]], [every[TASKS["task022"]]]
-
-    monkeypatch.setattr("edgelora.pull.lots_of_loras.nearest_entries", nearest)
+    prompt = (
+        "Does the hypothesis follow from the premise? Premise: A man sleeps. Hypothesis: He runs."
+    )
+    lines = [{"prompt": f"{prompt} {i}", "completion": "contradiction"} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    names = [one.entry.task for one in suggest(read_dataset(data).examples, top=2).nearest]
+    by_name = {one.name: one for one in find_wanted(names)}
+    published = hub.repositories["models", adapter_of("task033")]
+    for name in names:
+        hub.add(by_name[name].repository, published)
     result = run(*words(base_path, tmp_path / "bank", "--for", data, "--top", 2, "--no-signatures"))
-    assert result.exit_code == 0, result.output
-    assert f"nearest: {TASKS['task190']}, {TASKS['task033']}" in result.stderr
-    assert "1 adapters were not compared" in result.stderr
-    names = [record.name for record in open_bank(tmp_path / "bank").records()]
-    assert names == [TASKS["task033"], TASKS["task190"]]
+    assert f"nearest: {', '.join(names)}" in result.stderr, result.output
+    assert "23 adapters were not compared" in result.stderr
+    # The two have the same bytes here, and a bank keeps bytes once.
+    assert "1 added, 1 already there, 0 refused" in result.stdout

@@ -162,12 +162,12 @@ def _say_plan(
 ) -> None:
     """What comes over the line and what stays; refused where it cannot fit."""
     from edgelora.errors import BankError
-    from edgelora.pull.lots_of_loras import FETCHED_BYTES, KEPT_BYTES
+    from edgelora.suggest.catalogue import CONVERTED_BYTES, DOWNLOAD_BYTES
 
     if not collection:
         console.say(f"{len(wanted)} adapters")
         return
-    fetched, kept = (len(wanted) * n / 1e9 for n in (FETCHED_BYTES, KEPT_BYTES))
+    fetched, kept = (len(wanted) * n / 1e9 for n in (DOWNLOAD_BYTES, CONVERTED_BYTES))
     there = next(folder for folder in (bank_path, *bank_path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free / 1e9
     console.say(

@@ -14,13 +14,12 @@ from edgelora.datasets.read import read_dataset
 from edgelora.datasets.records import Dataset, Example, Message
 from edgelora.errors import NotFound
 from edgelora.pull.adapters import Wanted
-from edgelora.pull.catalogue import Entry, entries, nearest_entries
+from edgelora.suggest import suggest
+from edgelora.suggest.catalogue import Entry, read_catalogue
 
 __all__ = ["COLLECTION", "find_wanted", "nearest_wanted", "read_rows"]
 
 COLLECTION = "lots-of-loras"
-# One adapter as published (F32), and as it is kept (F16).
-FETCHED_BYTES, KEPT_BYTES = 37_800_000, 18_900_000
 # The raw form of Super-NaturalInstructions, without chat markers, is what they were trained with.
 TEMPLATE = "sni"
 
@@ -32,12 +31,13 @@ _LAST = "Now complete the following example -"
 def find_wanted(patterns: Sequence[str] = ()) -> list[Wanted]:
     """The adapters whose task is named: whole, by its number (`task022`) or by a pattern with `*`.
 
-    In the catalogue's order; without patterns, all of them.
+    In the order of their names; without patterns, all of them.
 
     Raises:
         NotFound: patterns that no task fits; each is listed, with tasks of similar names.
     """
-    every = entries()
+    catalogue = read_catalogue()
+    every = sorted((*catalogue.counted, *catalogue.uncounted), key=lambda entry: entry.task)
     if not patterns:
         return [_wanted(entry) for entry in every]
     unknown = [p for p in patterns if not any(_fits(entry.task, p) for entry in every)]
@@ -63,8 +63,9 @@ def nearest_wanted(
     Returns:
         The adapters, and the tasks that could not be compared because nobody counted their data.
     """
-    nearest, left_out = nearest_entries(examples, top, seed)
-    return [_wanted(entry) for entry in nearest], [entry.task for entry in left_out]
+    found = suggest(examples, top=top, seed=seed)
+    nearest = [_wanted(one.entry) for one in found.nearest]
+    return nearest, [entry.task for entry in found.left_out]
 
 
 def read_rows(path: Path) -> Dataset:
