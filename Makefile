@@ -20,7 +20,7 @@ export EDGELORA_SHARED ?= $(abspath ../shared)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-parity setup-clients demo serve test test-parity test-clients soak check \
+.PHONY: help setup setup-parity setup-clients demo serve test test-slow test-parity test-clients soak check \
 	peers bench-report clean picture
 
 help: ## this list
@@ -45,6 +45,9 @@ serve: setup ## serve the demo's adapter as OpenAI's API, with a page to talk to
 
 test: setup ## the tests: no torch, no network, under three minutes
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup ## kills, interrupts and whole commands, many times over
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 test-parity: setup-parity ## comparisons with torch, PEFT and llama.cpp's converter
 	@EDGELORA_LLAMA_CPP="$$($(PARITY)/python scripts/fetch_llama_cpp_source.py)" && \

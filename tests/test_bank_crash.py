@@ -75,6 +75,7 @@ def test_killed_at_each_stage(
     assert all(record.has_signature for record in open_bank(bank).records())
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path, base_path: Path, folders: list[Path]) -> None:
     bank = tmp_path / "bank"
     rng = random.Random(0)

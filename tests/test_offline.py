@@ -43,6 +43,7 @@ def trapped(folder: Path, *words: object, **variables: str) -> tuple[int, str, s
     return done.returncode, done.stderr, set(json.loads(log.read_text()))
 
 
+@pytest.mark.slow
 def test_commands_on_local_files_open_no_socket(tmp_path: Path) -> None:
     base = pico.write_base(tmp_path / "base.gguf")
     folder = pico.write_peft(tmp_path / "adapter", seed=1)

@@ -305,6 +305,7 @@ def test_ctrl_c_keeps_what_came_and_says_so(hub: Hub, base_path: Path, tmp_path:
     assert hub.ranges() == ["bytes=10000-"] and leftovers(bank) == []
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(hub: Hub, base_path: Path, tmp_path: Path) -> None:
     bank, rng = tmp_path / "bank", random.Random(0)
     command = words(base_path, bank, *TASKS)

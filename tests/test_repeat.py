@@ -70,12 +70,12 @@ GRADIENT = ("--refine", "gradient", "--passes", 8, "--operator", "uniform")
     "options",
     [
         (),
-        ("--rank", 2, "--type", "f32"),
-        ("--combine", "cat"),
+        pytest.param(("--rank", 2, "--type", "f32"), marks=pytest.mark.slow),
+        pytest.param(("--combine", "cat"), marks=pytest.mark.slow),
         GRADIENT,
-        (*GRADIENT, "--weights", "component"),
+        pytest.param((*GRADIENT, "--weights", "tensor"), marks=pytest.mark.slow),
     ],
-    ids=["forward", "rank 2", "cat", "gradient", "components"],
+    ids=["forward", "rank 2", "cat", "components", "tensors"],
 )
 def test_a_build_repeated_has_the_same_bytes(
     options: tuple[object, ...], world: World, tmp_path: Path
