@@ -73,7 +73,7 @@ bench-%: setup ## run scripts/benchmark_NAME.py, e.g. make bench-merge BENCH_ARG
 peers: setup ## build llama-server, llama-bench and llama-batched-bench to compare with, once
 	@$(BIN)/python scripts/build_peers.py
 
-bench-report: setup ## write the tables of docs/performance.md and results.md from results/*.jsonl
+bench-report: setup ## write the tables of docs/ from results/*.jsonl
 	@$(BIN)/python scripts/bench_report.py
 
 picture: setup ## docs/build.svg from a real build

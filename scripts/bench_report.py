@@ -17,13 +17,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gradient_quality.report as gradients
 import suggest_benchmark.report as suggestions
+from gradient_quality.measuring import read_results as read_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "serve.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
 SUGGESTIONS = ROOT / "results" / "suggest.jsonl"
 SUGGESTIONS_PAGE = ROOT / "docs" / "results.md"
+GRADIENTS = ROOT / "results" / "gradient_quality.jsonl"
+GRADIENTS_PAGE = ROOT / "docs" / "gradient.md"
 NOTHING = "Not measured yet."
 Measured = dict[str, Any]
 
@@ -72,6 +76,11 @@ def pages() -> dict[Path, str]:
     told = suggestions.report(read_results(SUGGESTIONS))
     return {
         PAGE: fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
+        GRADIENTS_PAGE: put(
+            GRADIENTS_PAGE.read_text(encoding="utf-8"),
+            "gradient",
+            gradients.report(read_gradients(GRADIENTS)),
+        ),
         SUGGESTIONS_PAGE: put(SUGGESTIONS_PAGE.read_text(encoding="utf-8"), "suggest", told),
     }
 

@@ -14,7 +14,11 @@ from edgelora.adapters.gguf_lora import LoraFile, open_lora
 from edgelora.engine.score import mean_loss
 from edgelora.errors import EdgeLoRAError
 from edgelora.gradient import components
-from edgelora.gradient.components import Components, principal_directions
+from edgelora.gradient.components import (
+    Components,
+    memory_of_directions,
+    principal_directions,
+)
 from edgelora.gradient.decoder import PassOptions, open_decoder
 from edgelora.gradient.descent import DescentOptions, descend
 from edgelora.gradient.updates import Combined
@@ -115,3 +119,12 @@ def test_sparsity_of_components_is_refused(base: Path, bank: list[LoraFile]) -> 
     options = dataclasses.replace(DescentOptions(), sparsity=0.1)
     with pytest.raises(EdgeLoRAError, match="moved together"):
         descend(open_decoder(base), bank, examples(2), START, options)
+
+
+def test_memory_of_directions(bank: list[LoraFile], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Components(bank, START)
+    sizes = [len(place.owners) for place in made._places]
+    assert sum(sizes) == len(made.start)
+    assert memory_of_directions(bank) == 4 * sum(size**2 for size in sizes)
+    monkeypatch.setattr(components, "_IN_MEMORY_BYTES", 0)
+    assert memory_of_directions(bank) == 0  # in a file
