@@ -100,6 +100,7 @@ def test_a_damaged_catalogue_is_named(
         bases.catalogue()
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_the_catalogue_and_not_the_bank(tmp_path: Path) -> None:
     """Build both distributions of a small copy with a bank in it, install, resolve a name."""
     source = _copy_with_a_bank(tmp_path / "source")

@@ -52,6 +52,7 @@ def test_prompts_have_the_size_asked_for_and_their_text_the_same_ids(
         assert PromptMaker(opened.vocabulary, seed=0).prompts(2, 12) == [one, other]
 
 
+@pytest.mark.slow
 def test_a_request_to_our_server_is_read_whole_and_in_a_stream(
     model: facts.Model, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_a_request_to_our_server_is_read_whole_and_in_a_stream(
     assert counted["edgelora_host_seconds_total"] > 0
 
 
+@pytest.mark.slow
 def test_a_refused_request_ends_the_benchmark(model: facts.Model, tmp_path: Path) -> None:
     setting = run_of(model, tmp_path).setting(model, n_slots=1, n_ctx=16)
     with servers.edgelora(setting) as ours, pytest.raises(SystemExit, match="400"):
@@ -88,6 +90,7 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_every_adapter_set_gets_its_own_answers(
     model: facts.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

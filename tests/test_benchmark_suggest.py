@@ -146,6 +146,7 @@ def test_the_default_is_the_best_arm_with_the_weights_of_the_tuning_half() -> No
     assert best["model"] == arms.DEFAULT and best["weights"] == dict(WEIGHTS)
 
 
+@pytest.mark.slow
 def test_a_run_appends_what_is_missing_and_goes_on(tmp_path: Path) -> None:
     """The script on a lab of three tasks and the shipped catalogue, all arms but one known."""
     for name, source in (("task1", "mathqa"), ("task2", "snli"), ("task3", "winogrande")):

@@ -169,6 +169,7 @@ def test_few_examples_are_called_optimistic(world: World, tmp_path: Path) -> Non
     assert "6 to choose (selection), none untouched" in result.stderr
 
 
+@pytest.mark.slow
 @posix_only
 def test_ctrl_c_leaves_nothing_half_written(world: World, tmp_path: Path) -> None:
     """A real process, interrupted once its plan is out, in the middle of forward passes."""
@@ -253,6 +254,7 @@ def slow_steps(world: World, tmp_path: Path, out: Path) -> list[str]:
     return [str(word) for word in line]
 
 
+@pytest.mark.slow
 @posix_only
 def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on(
     world: World, tmp_path: Path
@@ -279,6 +281,7 @@ def test_ctrl_c_in_gradient_steps_keeps_their_state_and_the_same_command_goes_on
     assert out.is_file() and not list(out.parent.glob("*.refine"))
 
 
+@pytest.mark.slow
 @posix_only
 def test_ctrl_c_at_a_terminal_offers_the_best_so_far(world: World, tmp_path: Path) -> None:
     import pty  # not on Windows

@@ -108,6 +108,7 @@ def test_it_says_where_it_is_and_ends_in_order(base: Path) -> None:
         assert "ending" in server.stderr and "Traceback" not in server.stderr
 
 
+@pytest.mark.slow
 @posix_only
 def test_running_requests_finish_and_new_ones_are_refused(base: Path) -> None:
     with started("--base", base, "--slots", 1, "--context", 20000) as server:
@@ -124,6 +125,7 @@ def test_running_requests_finish_and_new_ones_are_refused(base: Path) -> None:
         assert server.process.wait(30) == 0
 
 
+@pytest.mark.slow
 @posix_only
 def test_a_drain_is_bounded(base: Path) -> None:
     words = ("--base", base, "--slots", 1, "--context", 32768, "--drain-timeout", 0.2)
@@ -163,6 +165,7 @@ def test_it_can_be_ended_while_it_loads(base: Path, tmp_path: Path) -> None:
         assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_a_crash_of_the_engine_turns_health_red_and_exits_with_1(
     base: Path, tmp_path: Path
 ) -> None:

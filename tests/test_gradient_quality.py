@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,10 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(bed: Path, results: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), str(results), "--base", str(bed / "base.gguf")]
     command += ["--name", "pico", "--peft", "--data", str(bed / "data"), "--labels", "4"]
-    return subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "EDGELORA_CACHE": str(bed / "cache")}
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, check=False, env=environment
+    )
 
 
 def test_a_run_measures_every_arm_and_goes_on(bed: Path, tmp_path: Path) -> None:

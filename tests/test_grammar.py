@@ -454,6 +454,7 @@ def mutated(seed: int) -> str:
     return "".join(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(3))
 def test_no_mutated_grammar_ends_the_process(part: int, tmp_path: Path) -> None:
     """Whatever passes the check is taken by llama.cpp, and can be sampled from."""

@@ -105,6 +105,7 @@ def test_a_cut_line_is_taken_up_where_it_was_cut(hub: Hub, tmp_path: Path) -> No
     assert len(said) == 2 and "cut after 100,000 of 300,000 bytes" in said[0]
 
 
+@pytest.mark.slow
 def test_the_next_process_asks_for_the_rest_only(hub: Hub, tmp_path: Path) -> None:
     hub.faults[WEIGHTS] = Fault(cut_after=0)
     with pytest.raises(HubUnreachable, match="goes on where it stopped"):
@@ -208,6 +209,7 @@ def test_a_refusal_of_the_hub_says_what_to_do(
     assert NAME in str(caught.value) and bool(caught.value.hint) == (status != 400)
 
 
+@pytest.mark.slow
 def test_a_hub_that_asks_for_patience_gets_it(hub: Hub, tmp_path: Path) -> None:
     hub.faults[NAME] = Fault(status=429, n_refusals=1)
     repository = read_repository(NAME)

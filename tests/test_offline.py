@@ -77,6 +77,7 @@ def test_pull_refuses_before_any_socket(
     assert events == set() and not (tmp_path / "models").exists()
 
 
+@pytest.mark.slow
 def test_pull_bank_refuses_too(tmp_path: Path) -> None:
     base = pico.write_base(tmp_path / "base.gguf")
     code, stderr, events = trapped(

@@ -289,6 +289,7 @@ def test_a_wrong_base_does_not_cost_the_whole_collection(
     assert "3 refused" in result.stdout and "does not fit the base" in result.stdout
 
 
+@pytest.mark.slow
 @posix_only
 def test_ctrl_c_keeps_what_came_and_says_so(hub: Hub, base_path: Path, tmp_path: Path) -> None:
     bank, weights = tmp_path / "bank", f"{adapter_of('task033')}/adapter_model.safetensors"

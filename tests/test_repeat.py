@@ -69,7 +69,7 @@ GRADIENT = ("--refine", "gradient", "--passes", 8, "--operator", "uniform")
 @pytest.mark.parametrize(
     "options",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         pytest.param(("--rank", 2, "--type", "f32"), marks=pytest.mark.slow),
         pytest.param(("--combine", "cat"), marks=pytest.mark.slow),
         GRADIENT,
@@ -201,6 +201,7 @@ def test_a_difference_by_hand_and_against_dense_matrices() -> None:
     assert relative_difference(nothing, pair) == float("inf")
 
 
+@pytest.mark.slow
 def test_trained_factors_are_refused_with_what_to_do(world: World, tmp_path: Path) -> None:
     polished = build(world, tmp_path / "polished.gguf", "--operator", "uniform", "--polish", 3,
                      "--seed", 4, "--force")  # fmt: skip

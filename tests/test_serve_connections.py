@@ -114,6 +114,7 @@ def test_a_client_that_does_not_read_is_cut_off(base: Base) -> None:
         assert app.n_sent < 64 << 20
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_in_bursts_is_not(base: Base) -> None:
     app = Endless()
     with serving_app(app, base, timeouts=Timeouts(write_s=2)) as url, connect(url) as connection:

@@ -36,6 +36,7 @@ def adapters(base: Path) -> tuple[Path, Path]:
     return first, second
 
 
+@pytest.mark.slow
 def test_a_run_answers_all_as_alone(
     base: Path, adapters: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,6 +371,7 @@ def test_bad_data_gets_the_errors_of_build(tmp_path: Path) -> None:
     assert run("suggest", "--data", path, "--top", "0").exit_code == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_of_the_network(data: Path) -> None:
     """The command in a process whose sockets raise."""
     code = (

@@ -231,6 +231,7 @@ def test_few_texts_are_cut_and_none_loses_anything() -> None:
     assert "".join(parts) == mixed and max(map(len, parts)) <= 2 * 2048
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", ["tekken", "gpt-4o", "deepseek-llm", "falcon", "qwen2"])
 def test_long_words_do_not_end_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pre: str

@@ -239,7 +239,8 @@ def _trained(
     n_tokens: int,
 ) -> Made:
     chosen = PolishOptions(**{"seed": bench.case.seed, **options})
-    state = bench.state(chosen.n_passes, name, replace(chosen, n_passes=0))
+    begin = [factor for p in pairs.values() for factor in (p.lora_a, p.lora_b)]
+    state = bench.state(chosen.n_passes, name, replace(chosen, n_passes=0), *begin)
     decoder, texts = bench.case.bed.decoder, bench.case.texts
     found = polish(decoder, pairs, texts, chosen, passes=PASSES, checkpoint=state)
     path = bench.path(f"{name}-{chosen.n_passes}.gguf")
