@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 from click.testing import CliRunner, Result
 
 from edgelora.cli.main import main
+
+posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
 
 
 def run(*words: object, stdin: str | None = None) -> Result:

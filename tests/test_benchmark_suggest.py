@@ -7,19 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_report
 import numpy as np
 import pytest
 from scipy.spatial.distance import jensenshannon
+from suggest_benchmark import arms, measuring, queries, report
 
 from edgelora.suggest.catalogue import FIELDS, Catalogue, Counts, Entry
 from edgelora.suggest.similarity import WEIGHTS, field_similarity
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "scripts"))
-
-import bench_report  # noqa: E402
-from suggest_benchmark import arms, measuring, queries, report  # noqa: E402
-
 N_ROWS = 5
 
 
@@ -68,8 +65,7 @@ def test_arms_equal_references(catalogue: Catalogue) -> None:
     p, c = (m.toarray() for m in (own, rows))
     q, d = p[1], c[3]
     idf = np.log(6 / (1 + (c > 0).sum(axis=0)))
-    weigh = lambda x: np.where(x > 0, 1 + np.log(np.maximum(x, 1)), 0) * idf  # noqa: E731
-    a, b = weigh(q), weigh(d)
+    a, b = (np.where(x > 0, 1 + np.log(np.maximum(x, 1)), 0) * idf for x in (q, d))
     assert arms.tf_idf(own, rows)[1, 3] == pytest.approx(a @ b / np.sqrt((a @ a) * (b @ b)))
     share, length = q / q.sum(), d.sum()
     background = (c / c.sum(axis=1, keepdims=True)).mean(axis=0)

@@ -13,13 +13,11 @@ from pathlib import Path
 import builds
 import pytest
 from builds import World
-from cli_runner import run
+from cli_runner import posix_only, run
 
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.build.proposals import OPERATOR_NAMES
 from edgelora.cli import demo
-
-posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import pico
 import pyarrow
 import pyarrow.parquet
 import pytest
-from cli_runner import run
+from cli_runner import posix_only, run
 from hub_server import Fault, Hub
 
 from edgelora.adapters.base import read_base
@@ -31,8 +30,6 @@ from edgelora.datasets.template import SNI
 from edgelora.hub import download
 from edgelora.pull.lots_of_loras import find_wanted, read_rows, split_prompt
 from edgelora.suggest import suggest
-
-posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
 
 TASKS = {
     "task022": "task022_cosmosqa_passage_inappropriate_binary",

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgelora.adapters.lora import LoraPair, for_components
+from edgelora.adapters.lora import LoraPair, for_components, stacked
 from edgelora.adapters.lora_layout import PairPlan
 from edgelora.adapters.lowrank import (
     Factors,
@@ -289,8 +289,7 @@ def _stack(
     ]
     if not pairs:
         return Stack(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), (), ())
-    lora_a = np.concatenate([pair.lora_a for _, pair in pairs], dtype=np.float32)
-    lora_b = np.concatenate([pair.lora_b for _, pair in pairs], axis=1, dtype=np.float32)
+    lora_a, lora_b = stacked([pair for _, pair in pairs])
     coefficients = tuple(for_components(weight, pair.rank) for weight, pair in pairs)
     factors = [scale * c * pair.scale for c, (_, pair) in zip(coefficients, pairs, strict=True)]
     lora_b *= np.concatenate(factors).astype(np.float32)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class LoraPair:
     def rank(self) -> int:
         """The inner dimension r."""
         return int(self.lora_a.shape[0])
+
+
+def stacked(pairs: Sequence[LoraPair], dtype: DTypeLike = np.float32) -> tuple[Any, Any]:
+    """Every A below the other, (R, in), and every B beside the other, (out, R); scales apart."""
+    lora_a = np.concatenate([pair.lora_a for pair in pairs], dtype=dtype)
+    lora_b = np.concatenate([pair.lora_b for pair in pairs], axis=1, dtype=dtype)
+    return lora_a, lora_b
 
 
 def for_components(coefficient: ArrayLike, rank: int) -> NDArray[np.float64]:

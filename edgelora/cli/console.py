@@ -22,6 +22,7 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -37,12 +38,12 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _drawn: list[Progress] = []
 
 
-def _bar(*, transient: bool) -> Progress:
-    """Bars on stderr; `transient` ones vanish when they are done."""
+def _bar(*counts: ProgressColumn, transient: bool) -> Progress:
+    """Bars on stderr that say `counts`; `transient` ones vanish when they are done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *counts,
         TimeRemainingColumn(),
         console=err,
         transient=transient,
@@ -53,7 +54,7 @@ def _bar(*, transient: bool) -> Progress:
 @contextlib.contextmanager
 def progress(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """A bar on stderr; yields a function that advances it. Nothing is drawn with -q."""
-    bar = _bar(transient=True)
+    bar = _bar(MofNCompleteColumn(), transient=True)
     with bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)
@@ -106,7 +107,7 @@ def _finite(value: object) -> object:
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage of a long job; yields a function (stage, steps done, steps in all)."""
-    bar = _bar(transient=False)
+    bar = _bar(MofNCompleteColumn(), transient=False)
     tasks: dict[str, TaskID] = {}
 
     def advance(stage: str, done: int, total: int) -> None:
@@ -128,16 +129,7 @@ def transfers() -> Iterator[Callable[[str, int, int], None]]:
 
     With 0 bytes in all it only says what is done.
     """
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=err.quiet or not err.is_terminal,
-    )
+    bar = _bar(DownloadColumn(), TransferSpeedColumn(), transient=True)
     task = bar.add_task("", total=None)
     shown = ""
 

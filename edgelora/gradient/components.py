@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
-from edgelora.adapters.lora import LoraPair
+from edgelora.adapters.lora import LoraPair, stacked
 from edgelora.adapters.merge import one_blas_thread
-from edgelora.engine.score import Score, TokenisedExample
-from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.observers import CoefficientGradients
-from edgelora.gradient.updates import Combined, Updates
+from edgelora.gradient.variables import Combination
 from edgelora.gradient.weights import Array
 
 Float64 = NDArray[np.float64]
@@ -44,7 +42,7 @@ class _Place:
     column: int
 
 
-class Components:
+class Components(Combination):
     """Coordinates u of `sum_m c_m s_m b_m a_m` over the rank-one components m of a tensor.
 
     The adapters of a bank resemble each other: steps on each c by itself go far along what they
@@ -72,7 +70,7 @@ class Components:
             scratch: a folder for what does not fit the memory; None for the system's own.
             progress: called with the tensors whose directions are found, and their number.
         """
-        self._adapters = adapters
+        super().__init__(adapters)
         slopes = CoefficientGradients(adapters)
         self.names = slopes.names
         self._width = slopes.components.shape[2]
@@ -101,25 +99,13 @@ class Components:
             made[name] = table
         return made
 
-    def updates(self, values: Array) -> Updates:
-        """The combination."""
-        return Combined(self._adapters, self.by_tensor(values))
-
-    def gradient(
-        self,
-        decoder: Decoder,
-        examples: Sequence[TokenisedExample],
-        values: Array,
-        options: PassOptions,
-    ) -> tuple[Array, list[Score]]:
+    def slopes(self, found: CoefficientGradients) -> Array:
         """The slope along u is that along c, through the transposed root."""
-        found = CoefficientGradients(self._adapters)
-        scores = decoder.gradients(examples, self.updates(values), found, options)
-        slopes = np.empty_like(values)
+        slopes = np.empty_like(self.start)
         for place, root in zip(self._places, self._roots, strict=True):
             of_tensor = found.components[place.owners, place.column, place.within]
             slopes[place.values] = self._size * (of_tensor @ root)
-        return slopes, scores
+        return slopes
 
 
 def memory_of_directions(adapters: Sequence[LoraFile]) -> int:
@@ -144,8 +130,7 @@ def principal_directions(gram: Float64) -> tuple[Float64, Float64]:
 
 def _gram(pairs: Sequence[LoraPair]) -> Float64:
     """Frobenius inner products of the components `s b_m a_m` of stacked pairs, (R, R)."""
-    lora_a = np.concatenate([pair.lora_a for pair in pairs], dtype=np.float32)
-    lora_b = np.concatenate([pair.lora_b for pair in pairs], axis=1, dtype=np.float32)
+    lora_a, lora_b = stacked(pairs)
     scales = np.repeat([pair.scale for pair in pairs], [pair.rank for pair in pairs])
     products = (lora_a @ lora_a.T).astype(np.float64) * (lora_b.T @ lora_b)
     return np.asarray(products * np.outer(scales, scales))

@@ -20,7 +20,7 @@ from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step, count_tokens
 from edgelora.gradient.observers import CoefficientGradients, per_adapter
 from edgelora.gradient.updates import Updates, refuse_misfits
-from edgelora.gradient.variables import WEIGHTS, Coefficients
+from edgelora.gradient.variables import WEIGHTS, Coefficients, Combination
 
 OBJECTIVES = ("loss", "prompts", "entropy")
 
@@ -186,7 +186,7 @@ def _variables(
     options: DescentOptions,
     passes: PassOptions,
     prepare: Callable[[int, int], None],
-) -> Coefficients | Components:
+) -> Combination:
     """What varies.
 
     Raises:
@@ -211,7 +211,7 @@ def _minimisation(
     decoder: Decoder,
     adapters: Sequence[LoraFile],
     examples: Sequence[TokenisedExample],
-    variables: Coefficients | Components,
+    variables: Combination,
     options: DescentOptions,
     passes: PassOptions | None,
 ) -> Minimisation:
@@ -248,7 +248,7 @@ def _schedule(options: DescentOptions, n_examples: int) -> Schedule:
     )
 
 
-def _found(state: Checkpoint, variables: Coefficients | Components) -> Descended:
+def _found(state: Checkpoint, variables: Combination) -> Descended:
     tally = state.tally
     return Descended(
         coefficients=variables.by_tensor(state.best),

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
-from edgelora.adapters.lora import LoraPair
+from edgelora.adapters.lora import LoraPair, stacked
 from edgelora.gradient.layers import low_rank_factors
 from edgelora.gradient.weights import Array
 
@@ -55,7 +55,7 @@ class CoefficientGradients:
         for group in self._groups(name):
             pairs = [self._adapters[index].pair(name) for index in group]
             ranks = [pair.rank for pair in pairs]
-            stacked_a, stacked_b = _stack(pairs, x)
+            stacked_a, stacked_b = stacked(pairs, x.dtype)
             products = x @ stacked_a.T
             products *= g @ stacked_b
             owners = np.repeat(group, ranks)
@@ -115,10 +115,3 @@ def per_layer(values: NDArray[np.float64], names: Sequence[str]) -> NDArray[np.f
     matches = [re.match(r"blk\.(\d+)\.", name) for name in names]
     layers = np.array([float(match[1]) if match else np.inf for match in matches])
     return np.asarray(values @ (layers[:, None] == np.unique(layers)))
-
-
-def _stack(pairs: Sequence[LoraPair], like: Array) -> tuple[Array, Array]:
-    """Every A below the other and every B beside the other, in the dtype of `like`."""
-    stacked_a = np.concatenate([pair.lora_a for pair in pairs], dtype=like.dtype)
-    stacked_b = np.concatenate([pair.lora_b for pair in pairs], axis=1, dtype=like.dtype)
-    return stacked_a, stacked_b

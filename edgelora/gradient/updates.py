@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, check
-from edgelora.adapters.lora import LoraPair, for_components
+from edgelora.adapters.lora import LoraPair, for_components, stacked
 from edgelora.errors import IncompatibleAdapter, UnsupportedFile
 from edgelora.gradient.hyperparameters import EMBEDDING
 
@@ -45,8 +45,7 @@ class Combined(Mapping[str, LoraPair]):
     def __getitem__(self, name: str) -> LoraPair:
         row = self.coefficients[name]
         pairs = [(row[i], self.adapters[i].pair(name)) for i in self._used[name]]
-        lora_a = np.concatenate([pair.lora_a for _, pair in pairs], dtype=self._dtype)
-        lora_b = np.concatenate([pair.lora_b for _, pair in pairs], axis=1, dtype=self._dtype)
+        lora_a, lora_b = stacked([pair for _, pair in pairs], self._dtype)
         factors = [for_components(c, pair.rank) * pair.scale for c, pair in pairs]
         lora_b *= np.concatenate(factors).astype(self._dtype)
         return LoraPair(name, lora_a, lora_b, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -41,28 +42,21 @@ class Variables(Protocol):
         """The gradient (n,) of the mean loss over all completion tokens, and each example's."""
 
 
-class Coefficients:
-    """One coefficient of each of k adapters for each tensor, each layer, or altogether.
+class Combination(ABC):
+    """Variables that coefficients of a bank's adapters follow from."""
 
-    Attributes:
-        names: the tensors that any adapter updates.
-        start: (k * groups,) float64.
-    """
+    start: Array
 
-    def __init__(self, adapters: Sequence[LoraFile], start: Array, weights: str) -> None:
-        """Start: (k,), the coefficient of each adapter in every tensor."""
+    def __init__(self, adapters: Sequence[LoraFile]) -> None:
         self._adapters = adapters
-        self.names = CoefficientGradients(adapters).names
-        self._groups = _groups(self.names, weights)
-        n_groups = int(self._groups.max()) + 1
-        self.start: Array = np.repeat(np.asarray(start, np.float64), n_groups)
 
+    @abstractmethod
     def by_tensor(self, values: Array) -> dict[str, NDArray[np.float64]]:
-        """Coefficients (k,) for each tensor's name."""
-        table = values.reshape(len(self._adapters), -1)[:, self._groups]
-        return {
-            name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(self.names)
-        }
+        """Coefficients for each tensor's name, as `updates.Combined` takes them."""
+
+    @abstractmethod
+    def slopes(self, found: CoefficientGradients) -> Array:
+        """The gradient (n,) along the variables from that along the coefficients."""
 
     def updates(self, values: Array) -> Updates:
         """The combination."""
@@ -75,11 +69,39 @@ class Coefficients:
         values: Array,
         options: PassOptions,
     ) -> tuple[Array, list[Score]]:
-        """The slope of a group's coefficient is the sum of those of its tensors."""
+        """See Variables."""
         found = CoefficientGradients(self._adapters)
         scores = decoder.gradients(examples, self.updates(values), found, options)
+        return self.slopes(found), scores
+
+
+class Coefficients(Combination):
+    """One coefficient of each of k adapters for each tensor, each layer, or altogether.
+
+    Attributes:
+        names: the tensors that any adapter updates.
+        start: (k * groups,) float64.
+    """
+
+    def __init__(self, adapters: Sequence[LoraFile], start: Array, weights: str) -> None:
+        """Start: (k,), the coefficient of each adapter in every tensor."""
+        super().__init__(adapters)
+        self.names = CoefficientGradients(adapters).names
+        self._groups = _groups(self.names, weights)
+        n_groups = int(self._groups.max()) + 1
+        self.start: Array = np.repeat(np.asarray(start, np.float64), n_groups)
+
+    def by_tensor(self, values: Array) -> dict[str, NDArray[np.float64]]:
+        """Coefficients (k,) for each tensor's name."""
+        table = values.reshape(len(self._adapters), -1)[:, self._groups]
+        return {
+            name: np.ascontiguousarray(table[:, column]) for column, name in enumerate(self.names)
+        }
+
+    def slopes(self, found: CoefficientGradients) -> Array:
+        """The slope of a group's coefficient is the sum of those of its tensors."""
         member = self._groups[:, None] == np.arange(self._groups.max() + 1)
-        return np.asarray((found.values @ member).ravel()), scores
+        return np.asarray((found.values @ member).ravel())
 
 
 class Factors:
