@@ -105,12 +105,23 @@ def test_swiglu_of_extreme_gates_is_finite() -> None:
     assert d_up.tolist() == [[0.0, 1e4]]
 
 
-def test_low_rank_backward() -> None:
-    x, lora_a, lora_b = normal(7, 6), normal(2, 6), normal(5, 2)
+@pytest.mark.parametrize("rank", [2, 40])  # 40: above the matrix's own, whose product is formed
+def test_low_rank_backward(rank: int) -> None:
+    x, lora_a, lora_b = normal(50, 6), normal(rank, 6), normal(5, rank)
     check_backward(
         lambda x: layers.low_rank(x, lora_a, lora_b),
         lambda d_y: (layers.low_rank_backward(d_y, lora_a, lora_b),),
         x,
+    )
+
+
+@pytest.mark.parametrize("rank", [2, 40])
+def test_low_rank_slopes(rank: int) -> None:
+    x, lora_a, lora_b = normal(50, 6), normal(rank, 6), normal(5, rank)
+    check_backward(
+        lambda coefficients: layers.low_rank(x, lora_a, lora_b * coefficients),
+        lambda d_y: (layers.low_rank_slopes(d_y, x, lora_a, lora_b),),
+        np.ones(rank),
     )
 
 

@@ -137,6 +137,18 @@ def test_shares_are_ratios_of_means(parts: Any) -> None:
     assert "| 2 | 0.000 [-1.000, 0.250] |" in forward and forward.endswith("| 1 |")
 
 
+def test_an_early_stop_beside_the_best_pass(parts: Any) -> None:
+    """A gap of 4 nats, least loss 2 after 1 pass of 3, stopped at 2.5: 0.125 of the gap above."""
+    lines = [
+        line("a", "base", 5.0), line("a", "own", 1.0), line("a", "gradient-1", 2.0),
+        line("a", "gradient-3", 3.0), line("a", "gradient-cv", 2.5, passes=2),
+    ]  # fmt: skip
+    rows = {parts["measuring"].key_of(row): row for row in lines}
+    told = parts["report"].report(rows)
+    assert "*gradient-cv* stopped after 2.0 passes on average (2 to 2)" in told
+    assert "after 1, 3 passes by 0.125 of the gap (at most 0.50 nats, below it in 0 of 1" in told
+
+
 def test_a_half_written_line_is_measured_again(parts: Any, tmp_path: Path) -> None:
     path, measuring = tmp_path / "r.jsonl", parts["measuring"]
     path.write_text(json.dumps(line("a", "base", 5.0)) + '\n{"bed": "b", "task')

@@ -87,12 +87,34 @@ def _sigmoid(x: Array) -> Array:
 
 def low_rank(x: Array, lora_a: Array, lora_b: Array) -> Array:
     """y = x A^T B^T, what a LoRA adds (arXiv:2106.09685, eq. 3; the scale is in B)."""
+    if _is_product_cheaper(len(x), lora_a, lora_b):
+        return np.asarray(x @ (lora_b @ lora_a).T)
     return np.asarray((x @ lora_a.T) @ lora_b.T)
 
 
 def low_rank_backward(d_y: Array, lora_a: Array, lora_b: Array) -> Array:
     """d_x = d_y B A."""
+    if _is_product_cheaper(len(d_y), lora_a, lora_b):
+        return np.asarray(d_y @ (lora_b @ lora_a))
     return np.asarray((d_y @ lora_b) @ lora_a)
+
+
+def low_rank_slopes(d_y: Array, x: Array, lora_a: Array, lora_b: Array) -> Array:
+    """The slope along the coefficient of each component b_r a_r: sum_t (d_y B)_tr (x A^T)_tr."""
+    if _is_product_cheaper(len(x), lora_a, lora_b):
+        return np.asarray(np.einsum("or,or->r", lora_b, (d_y.T @ x) @ lora_a.T))
+    products = x @ lora_a.T
+    products *= d_y @ lora_b
+    return np.asarray(products.sum(axis=0, dtype=np.float64))
+
+
+def _is_product_cheaper(t: int, lora_a: Array, lora_b: Array) -> bool:
+    """Whether (r + t) out in, with an (out, in) matrix in between, is less than t r (in + out).
+
+    Many adapters at once can have a higher rank than the matrix itself.
+    """
+    (r, n_in), n_out = lora_a.shape, len(lora_b)
+    return (r + t) * n_in * n_out < t * r * (n_in + n_out)
 
 
 def low_rank_factors(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
 from edgelora.adapters.lora import LoraPair, stacked
-from edgelora.gradient.layers import low_rank_factors
+from edgelora.gradient.layers import low_rank_factors, low_rank_slopes
 from edgelora.gradient.weights import Array
 
 Observer = Callable[[str, Array, Array], None]
@@ -56,13 +56,11 @@ class CoefficientGradients:
             pairs = [self._adapters[index].pair(name) for index in group]
             ranks = [pair.rank for pair in pairs]
             stacked_a, stacked_b = stacked(pairs, x.dtype)
-            products = x @ stacked_a.T
-            products *= g @ stacked_b
             owners = np.repeat(group, ranks)
             within = np.concatenate([np.arange(rank) for rank in ranks])
-            sums = products.sum(axis=0, dtype=np.float64)
-            sums *= np.repeat([pair.scale for pair in pairs], ranks)
-            self.components[owners, self._columns[name], within] += sums
+            scales = np.repeat([pair.scale for pair in pairs], ranks)
+            slopes = scales * low_rank_slopes(g, x, stacked_a, stacked_b)
+            self.components[owners, self._columns[name], within] += slopes
 
     def _groups(self, name: str) -> Iterator[list[int]]:
         """Adapters that update a tensor, as many at a time as may be stacked."""

@@ -156,10 +156,29 @@ def _is_worse(row: Row, base: Row) -> bool:
 def _stops(
     rows: dict[Key, Row], bed: str, labels: int, cases: Sequence[tuple[str, int]]
 ) -> list[str]:
-    """How early the cross-validated descents stopped."""
-    stopped = _of(rows, bed, labels, cases, "gradient-cv")
-    if not stopped:
-        return []
+    """Where cross-validated descents stopped, and what the best of the passes measured is."""
+    return [line for arm in _arms(rows, bed, labels) if arm.partition(" ")[0] == "gradient-cv"
+            for line in _stop(rows, bed, labels, cases, arm)]  # fmt: skip
+
+
+def _stop(
+    rows: dict[Key, Row], bed: str, labels: int, cases: Sequence[tuple[str, int]], arm: str
+) -> list[str]:
+    stopped = _of(rows, bed, labels, cases, arm)
     passes = [row["passes"] for row in stopped.values()]
-    return [f"- Cross-validation stopped after {np.mean(passes):.1f} passes on average "
-            f"({min(passes)} to {max(passes)})."]  # fmt: skip
+    lines = [f"- *{arm}* stopped after {np.mean(passes):.1f} passes on average "
+             f"({min(passes)} to {max(passes)})."]  # fmt: skip
+    without = {n: _of(rows, bed, labels, stopped, f"gradient-{n}") for n in range(1, 21)}
+    measured = [n for n, of in without.items() if of]
+    both = {c: row for c, row in stopped.items() if all(c in without[n] for n in measured)}
+    if len(measured) > 1 and both:
+        best = {c: min(without[n][c]["loss"] for n in measured) for c in both}
+        above = [row["loss"] - best[c] for c, row in both.items()]
+        gaps = [rows[bed, *c, 0, "base"]["loss"] - rows[bed, *c, 0, "own"]["loss"] for c in both]
+        lines.append(
+            f"  Its loss on the test lines is above the least of those after "
+            f"{', '.join(map(str, measured))} passes by {sum(above) / sum(gaps):.3f} of the gap "
+            f"(at most {max(above):.2f} nats, below it in {sum(a < 0 for a in above)} of "
+            f"{len(above)} cases)."
+        )
+    return lines
