@@ -43,6 +43,11 @@ class Pool:
         return [record.name for record in self.records]
 
     @property
+    def hashes(self) -> list[str]:
+        """Of what is in the adapters' files."""
+        return [record.content_sha256 for record in self.records]
+
+    @property
     def signed(self) -> list[int]:
         """Positions of the adapters that have a signature."""
         return split_by_signature(self.signatures)[0]

@@ -174,7 +174,7 @@ def _merge(
     def advance(n_steps: int) -> None:
         nonlocal done
         done += n_steps
-        progress("combining", done, 2 * len(names))
+        progress("combining", done, len(names))
 
     return merge_adapters(
         files,
