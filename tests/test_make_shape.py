@@ -15,7 +15,9 @@ from llama_logits import logits
 from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import check, open_lora
 from edgelora.adapters.peft import convert
+from edgelora.bank import open_bank
 from edgelora.gguf_file import open_gguf
+from edgelora.operators.distances import measure
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -52,6 +54,22 @@ def test_a_sparse_base_is_enough_to_convert(made: ModuleType, tmp_path: Path) ->
     folder = made.write_peft(tmp_path / "peft", shape, rank=4, dtype="F16")
     convert(folder, read_base(sparse), tmp_path / "lora.gguf")
     assert len(open_lora(tmp_path / "lora.gguf").names) == 6
+
+
+def test_a_bank_goes_on_where_it_was(made: ModuleType, tmp_path: Path) -> None:
+    shape = made.SHAPES["small"]
+    base = made.write_base(tmp_path / "base.gguf", shape, dtype="f16", sparse=True)
+    made.write_bank(tmp_path / "bank", shape, base, 1, rank=4)
+    first = (tmp_path / "bank" / "adapters" / "random00000.gguf").stat().st_mtime_ns
+    bank = open_bank(made.write_bank(tmp_path / "bank", shape, base, 3, rank=4))
+    names = [record.name for record in bank.records()]
+    assert names == ["random00000", "random00001", "random00002"]
+    assert (tmp_path / "bank" / "adapters" / "random00000.gguf").stat().st_mtime_ns == first
+    assert len({record.content_sha256 for record in bank.records()}) == 3
+    base_id = read_base(base).identity.id
+    signatures = [bank.signature(name, base_id) for name in names]
+    distances = measure("bures", signatures[0], signatures)
+    assert distances[0] < min(distances[1:]) and all(s.n_tokens == 64 * 40 for s in signatures)
 
 
 def test_the_merge_benchmark_runs(made: ModuleType, tmp_path: Path) -> None:

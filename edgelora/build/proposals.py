@@ -20,7 +20,7 @@ from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import EdgeLoRAError
 from edgelora.operators import surrogate
-from edgelora.operators.distances import measure
+from edgelora.operators.distances import prepare
 from edgelora.operators.heads import OPERATORS, gibbs, neural
 from edgelora.operators.mixture import mixture
 from edgelora.operators.neural import FILE_NAME, load_heads
@@ -88,11 +88,12 @@ def find_nearness(
     """
     if not pool.signed:
         return None
+    distances_from = prepare(distance, pool.others, seed=seed)
     with open_cache() as cache:
         target = summarise_examples(
             context, examples, cache=cache, n_embedded=n_embedded, seed=seed, progress=progress
         )
-    distances = pool.spread(pool.signed, measure(distance, target, pool.others, seed=seed))
+    distances = pool.spread(pool.signed, distances_from(target))
     distances[pool.unsigned] = np.inf
     return Nearness(distance, target, distances)
 
