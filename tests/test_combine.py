@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgelora.adapters import krylov, terms
 from edgelora.adapters.combine import COMBINATIONS, combine
 from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.lora_layout import PairPlan
@@ -130,6 +131,48 @@ def test_more_stacked_rank_than_the_matrix_has() -> None:
     for pair in made.pairs():
         assert pair.rank == (24 if pair.name == "x" else 16)
         assert relative(dense(pair), exact(sources, [1 / 30] * 30, pair.name)) < 5e-6
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_wide_stack_on_a_large_matrix(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 x rank 4 on 300 x 260, chunks of 16 ranks, by Krylov spaces: the optimum within 1e-4."""
+    monkeypatch.setattr(krylov, "SMALL", 8)
+    monkeypatch.setattr(terms, "CHUNK_RANK", 16)
+    sources = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        lora_a = rng.standard_normal((4, 260), dtype=np.float32)
+        lora_b = rng.standard_normal((300, 4)).astype(np.float16)
+        sources.append(Fake({"x": LoraPair("x", lora_a, lora_b, 0.1 + seed)}))
+    weights = np.random.default_rng(0).uniform(-1, 1, (20, 4))
+    made = combine("svd", sources, {"x": weights}, rank=rank)
+    wanted = sum(
+        s.pair("x").scale * (s.pair("x").lora_b * row) @ s.pair("x").lora_a.astype(np.float64)
+        for s, row in zip(sources, weights, strict=True)
+    )
+    values = np.linalg.svd(wanted, compute_uv=False)
+    best = float(np.linalg.norm(values[rank:]) / np.linalg.norm(values))
+    (pair,) = made.pairs()
+    assert relative(dense(pair), wanted) == pytest.approx(best, rel=1e-4)
+    assert made.error == pytest.approx(relative(dense(pair), wanted), rel=1e-5)
+    assert made.error - best <= made.excess + 1e-6 and made.excess < 1e-4 * best
+    assert made.reports[0].norm == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", COMBINATIONS)
+def test_a_wide_stack_that_cancels_or_is_broken(method: str) -> None:
+    """30 x rank 4 is worked on as a dense sum; linear's error is that of its own factors."""
+    sources = [adapter(seed, names="x") for seed in range(15)] * 2
+    weights = [1.0] * 15 + [-1.0] * 15
+    with pytest.raises(EdgeLoRAError, match="zero everywhere"):
+        combine(method, sources, weights)
+    made = combine(method, sources, [1 / 30] * 30)
+    (pair,) = made.pairs()
+    wanted = exact(sources, [1 / 30] * 30, "x")
+    assert made.error == pytest.approx(relative(dense(pair), wanted), rel=1e-4, abs=1e-5)
+    sources[3].pair("x").lora_a[0, 0] = np.nan
+    with pytest.raises(InvalidFile, match="x: an adapter holds NaN or infinite"):
+        combine(method, sources, [1 / 30] * 30)
 
 
 def test_auto_rank_keeps_99_percent_of_the_energy() -> None:

@@ -43,7 +43,7 @@ def ls(as_json: bool, **_: Any) -> None:
     cap = DEFAULT_CAP_BYTES / 1e6
     console.say(console.safe(f"{cache_folder()}: {used:.1f} MB of at most {cap:.0f} MB"))
     console.say(
-        f"{len(sizes)} uniform means of adapters: {sum(sizes) / 1e6:.1f} MB of at most "
+        f"uniform means of adapters: {len(sizes)}, {sum(sizes) / 1e6:.1f} MB of at most "
         f"{CAP_BYTES / 1e6:.0f} MB"
     )
 
@@ -68,4 +68,4 @@ def clear(as_json: bool, **_: Any) -> None:
             }
         )
     else:
-        console.show(f"{n_embeddings} embeddings cleared, {n_means} means")
+        console.show(f"{n_embeddings} embeddings and {n_means} means cleared")
