@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import adapter_results as adapters
 import benchmark_scale as scale
 import gradient_quality.report as gradients
 import suggest_benchmark.report as suggestions
@@ -77,7 +78,11 @@ def pages() -> dict[Path, str]:
     """Every page with tables, as the results say that it should be."""
     told = suggestions.report(read_results(SUGGESTIONS))
     return {
-        PAGE: fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
+        PAGE: put(
+            fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
+            "adapters",
+            adapters.report(adapters.read_rows(adapters.RESULTS)),
+        ),
         GRADIENTS_PAGE: put(
             GRADIENTS_PAGE.read_text(encoding="utf-8"),
             "gradient",
