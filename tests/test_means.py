@@ -110,6 +110,21 @@ def test_a_mean_over_very_many_is_not_rounded_to_nothing(paths: list[Path], tmp_
     assert trial.candidate.coefficients == pytest.approx(np.full(3, 1 / 300_000), rel=1e-2)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no limit there")
+def test_more_adapters_than_files_may_be_open(paths: list[Path], tmp_path: Path) -> None:
+    """A mapped file counts as an open one."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    n_open = len(os.listdir("/dev/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_open + 20, limits[1]))
+    try:
+        make_trial("all", np.full(40, 1 / 40), [*paths] * 13 + paths[:1], tmp_path)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 40
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_the_command_lists_and_clears(paths: list[Path], tmp_path: Path) -> None:
     third(paths, tmp_path / "a.gguf")
     size = kept_sums()[0].size_bytes

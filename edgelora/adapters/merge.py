@@ -18,7 +18,7 @@ from edgelora.adapters.gguf_lora import AdapterRecord, LoraFile, Scalar, open_lo
 from edgelora.adapters.provenance import describe_coefficients
 from edgelora.adapters.spool import open_spool
 from edgelora.errors import EdgeLoRAError, IncompatibleAdapter
-from edgelora.files import publish
+from edgelora.files import allow_open_files, publish
 
 FORMAT_VERSION = 1
 TOOL = f"edgelora {__version__}"
@@ -108,6 +108,7 @@ def merge_adapters(
         AlreadyExists: `out` exists and `force` is false.
         EdgeLoRAError: see combine.combine and gguf_lora.write_lora.
     """
+    allow_open_files(len(sources))
     files = [source if isinstance(source, LoraFile) else open_lora(source) for source in sources]
     files, coefficients = _drop_unused(files, coefficients)
     _refuse_mixture(files)
