@@ -21,10 +21,10 @@ from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.lora_layout import PairPlan
 from edgelora.adapters.lowrank import (
     Factors,
-    decomposed,
     dense_norm,
     product_distance,
     product_norm,
+    reduced,
 )
 from edgelora.adapters.terms import Source, Terms, terms_of
 from edgelora.errors import EdgeLoRAError, IncompatibleAdapter, UnsupportedFile
@@ -221,12 +221,10 @@ def _make_svd(terms: Terms, rank: int | None) -> Made:
         best = best_of_dense(total, norm, rank)
         return Made(len(best.factors[0]), norm, best.error, best.excess, best.factors)
     lora_a, lora_b = terms.stack()
-    norm = terms.norm_of((lora_a, lora_b))
-    if not norm:
-        return Made(0, 0.0)
-    factors, values = decomposed(lora_b, lora_a, rank)
-    kept = len(factors[0])
-    return Made(kept, norm, float(np.linalg.norm(values[kept:])), 0.0, factors)
+    bound = terms.bound((lora_a, lora_b))
+    low = reduced(lora_b, lora_a, rank)
+    norm = terms.real_norm(low.norm, bound)
+    return Made(len(low.factors[0]), norm, low.error, 0.0, low.factors)
 
 
 def _make_cat(terms: Terms, rank: int | None) -> Made:

@@ -22,7 +22,7 @@ from edgelora.adapters.lowrank import (
     Float64,
     product_distance,
     rank_for,
-    truncated,
+    reduced,
 )
 
 # The squares of all singular values cost little for matrices up to SMALL, or where a good share of
@@ -145,7 +145,7 @@ def best_of_dense(matrix: Float32, norm: float, rank: int | None) -> Best:
     is_exact = len(wide) <= SMALL or wanted > EXACT_SHARE * len(wide)
     left, kept, missed = (_exact if is_exact else _leading)(wide, norm, rank, wanted)
     right = left.T @ wide
-    lora_a, lora_b = truncated(left, right, kept)
+    lora_a, lora_b = reduced(left, right, kept).factors
     factors = (lora_a, lora_b) if wide is matrix else (lora_b.T, lora_a.T)
     error = product_distance(matrix, factors)
     return Best(factors, error, error - math.sqrt(max(0.0, error**2 - missed)))
