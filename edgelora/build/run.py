@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
@@ -261,7 +262,7 @@ def _try(
         work.warn("the budget was spent before every candidate's scale could be tried")
 
 
-def _make(work: Work, name: str, coefficients: np.ndarray, folder: Path) -> Trial:
+def _make(work: Work, name: str, coefficients: NDArray[np.float64], folder: Path) -> Trial:
     pool = work.pool
     return make_trial(
         name, coefficients, pool.paths, folder,
