@@ -14,8 +14,9 @@ SMALL = make_shape.Shape(2, 64, 96, 4, 2, 400, 128)
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(make_shape.SHAPES, "small", SMALL)
+    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
 
 
 def test_a_real_bank_is_measured_stage_by_stage(tmp_path: Path) -> None:
@@ -24,7 +25,8 @@ def test_a_real_bank_is_measured_stage_by_stage(tmp_path: Path) -> None:
     rows = list(benchmark_scale.measure_bank(tmp_path, "small", [2, 3], 4))
     assert [row["stage"] for row in rows] == [
         "ls", "signatures read", "distances, the bank's part", "distances",
-        "mixture, the bank's part", "mixture", "merge", "merge",
+        "mixture, the bank's part", "mixture, the bank's part from the cache", "mixture",
+        "merge", "merge",
     ]  # fmt: skip
     assert all(row["k"] == 3 and row["seconds"] > 0 for row in rows)
     assert [row["n"] for row in rows[-2:]] == [2, 3] and rows[-1]["error"] > 0

@@ -1,4 +1,4 @@
-"""`edgelora cache`: what the cache of embeddings and means holds, and how to empty it."""
+"""`edgelora cache`: what the cache of embeddings, means and kernels holds, and how to empty it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,30 @@ def command() -> None:
 @json_option
 @console.common_options
 def ls(as_json: bool, **_: Any) -> None:
-    """List what the cache holds for each base, and how many uniform means of banks."""
-    from edgelora.build.means import CAP_BYTES, kept_sums
+    """List what the cache holds for each base, and what else it keeps of banks."""
+    from edgelora.build.kernels import KERNELS
+    from edgelora.build.means import MEANS
     from edgelora.embedding_cache import DEFAULT_CAP_BYTES, cache_folder, open_cache
 
     with open_cache() as cache:
         entries = cache.entries()
-    sizes = [kept.size_bytes for kept in kept_sums()]
+    shelves = {
+        shelf.name: [file.size_bytes for file in shelf.files()] for shelf in (MEANS, KERNELS)
+    }
     if as_json:
         console.show_json(
             {
                 "folder": str(cache_folder()),
                 "cap_bytes": DEFAULT_CAP_BYTES,
                 "entries": [vars(entry) for entry in entries],
-                "means": {"n": len(sizes), "size_bytes": sum(sizes), "cap_bytes": CAP_BYTES},
+                **{
+                    shelf.name: {
+                        "n": len(shelves[shelf.name]),
+                        "size_bytes": sum(shelves[shelf.name]),
+                        "cap_bytes": shelf.cap_bytes,
+                    }
+                    for shelf in (MEANS, KERNELS)
+                },
             }
         )
         return
@@ -42,10 +52,12 @@ def ls(as_json: bool, **_: Any) -> None:
     used = sum(entry.size_bytes for entry in entries) / 1e6
     cap = DEFAULT_CAP_BYTES / 1e6
     console.say(console.safe(f"{cache_folder()}: {used:.1f} MB of at most {cap:.0f} MB"))
-    console.say(
-        f"uniform means of adapters: {len(sizes)}, {sum(sizes) / 1e6:.1f} MB of at most "
-        f"{CAP_BYTES / 1e6:.0f} MB"
-    )
+    for title, shelf in (("uniform means of adapters", MEANS), ("kernels of banks", KERNELS)):
+        sizes = shelves[shelf.name]
+        console.say(
+            f"{title}: {len(sizes)}, {sum(sizes) / 1e6:.1f} MB of at most "
+            f"{shelf.cap_bytes / 1e6:.0f} MB"
+        )
 
 
 @command.command()
@@ -53,19 +65,23 @@ def ls(as_json: bool, **_: Any) -> None:
 @console.common_options
 def clear(as_json: bool, **_: Any) -> None:
     """Delete every embedding and every mean, and give the space back."""
-    from edgelora.build.means import clear_sums
+    from edgelora.build.kernels import KERNELS
+    from edgelora.build.means import MEANS
     from edgelora.embedding_cache import cache_folder, open_cache
 
     with open_cache() as cache:
         n_embeddings = cache.clear()
-    n_means = clear_sums()
+    n_means, n_kernels = MEANS.clear(), KERNELS.clear()
     if as_json:
         console.show_json(
             {
                 "folder": str(cache_folder()),
                 "n_cleared": n_embeddings,
                 "n_means_cleared": n_means,
+                "n_kernels_cleared": n_kernels,
             }
         )
     else:
-        console.show(f"{n_embeddings} embeddings and {n_means} means cleared")
+        console.show(
+            f"cleared: {n_embeddings} embeddings, {n_means} means, {n_kernels} kernels of banks"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,19 +119,34 @@ def kernel_means(
 class MixtureBank:
     """The mean kernels between a bank's datasets, made once: k^2 of them, each of m^2 points.
 
+    Args:
+        grams: what `grams` of the same bank was, to be spared their making.
+
     Raises:
         ValueError: there is no signature.
     """
 
     def __init__(
-        self, others: Sequence[Signature], completion_weight: float = COMPLETION_WEIGHT
+        self,
+        others: Sequence[Signature],
+        completion_weight: float = COMPLETION_WEIGHT,
+        *,
+        grams: Mapping[str, Array] | None = None,
     ) -> None:
         if not others:
             raise ValueError("mixture matching needs at least one signature")
         self._others = others
         self._weight = completion_weight
         fields = {name: [other.fields().get(name) for other in others] for name in FIELDS}
-        self._banks = {name: _Kernels(some) for name, some in fields.items() if any(some)}
+        known = grams or {}
+        self._banks = {
+            name: _Kernels(some, known.get(name)) for name, some in fields.items() if any(some)
+        }
+
+    @property
+    def grams(self) -> dict[str, Array]:
+        """By field, the mean kernels between every two adapters, (k, k)."""
+        return {name: bank.gram for name, bank in self._banks.items()}
 
     def match(self, target: Signature, regularisation: float | None = None) -> Match:
         """See `match`."""
@@ -173,7 +188,9 @@ class _Kernels:
     Unknown completions are the average of the known ones, as a mixture of datasets itself.
     """
 
-    def __init__(self, fields: Sequence[TextDistribution | None]) -> None:
+    def __init__(
+        self, fields: Sequence[TextDistribution | None], gram: Array | None = None
+    ) -> None:
         known = [field for field in fields if field is not None]
         self._space = sample_space(known)
         blocks = [self._space.points(field) for field in known]
@@ -183,7 +200,7 @@ class _Kernels:
         self._shares = np.zeros((len(fields), len(known)))
         self._shares[[field is not None for field in fields]] = np.eye(len(known))
         self._shares[[field is None for field in fields]] = 1.0 / len(known)
-        self.gram = self._shares @ self._between() @ self._shares.T
+        self.gram = self._shares @ self._between() @ self._shares.T if gram is None else gram
 
     def compare(self, field: TextDistribution) -> tuple[Array, float]:
         """(k,) to each adapter, and to itself."""
