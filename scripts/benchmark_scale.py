@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,8 @@ def main() -> None:
     if options.part == "picture":
         draw(read_rows(options.results), options.where)
         return
-    with one_blas_thread():
+    with one_blas_thread(), tempfile.TemporaryDirectory() as cache:
+        os.environ["EDGELORA_CACHE"] = cache  # what an earlier run kept would be no measurement
         if options.part == "bank":
             rows = measure_bank(options.where, options.shape, options.merge, options.rank)
         else:

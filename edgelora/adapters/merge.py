@@ -108,9 +108,7 @@ def merge_adapters(
         AlreadyExists: `out` exists and `force` is false.
         EdgeLoRAError: see combine.combine and gguf_lora.write_lora.
     """
-    allow_open_files(len(sources))
-    files = [source if isinstance(source, LoraFile) else open_lora(source) for source in sources]
-    files, coefficients = _drop_unused(files, coefficients)
+    files, coefficients = _drop_unused(_opened(sources), coefficients)
     _refuse_mixture(files)
     facts, warnings = _inherited(_by_weight(files, coefficients))
     facts["edgelora.created_by"] = TOOL
@@ -135,6 +133,11 @@ def merge_adapters(
     return MergeReport(
         out, method, made.error, made.excess, made.reports, made.cancelled, warnings, record
     )
+
+
+def _opened(sources: Sequence[Path | LoraFile]) -> list[LoraFile]:
+    allow_open_files(len(sources))
+    return [source if isinstance(source, LoraFile) else open_lora(source) for source in sources]
 
 
 def _drop_unused(
