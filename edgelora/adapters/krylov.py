@@ -86,7 +86,7 @@ class _Basis:
         self.size = self.n_blocks = 0
         self._rows = np.zeros((0, len(matrix)), np.float32)
         self._core = np.zeros((0, 0))  # rows @ G @ rows.T: block tridiagonal, the lower half
-        start = np.random.default_rng(0).standard_normal((width, matrix.shape[1]), np.float32)
+        start = np.random.default_rng(0).standard_normal((width, matrix.shape[1]), dtype=np.float32)
         self._next, _ = _orthonormal(start @ matrix.T, self._rows)
         self._coupling = np.zeros((len(self._next), 0))
 
@@ -100,7 +100,7 @@ class _Basis:
         before, old, new = self._coupling.shape[1], self.size, self.size + len(self._next)
         self._reserve(new)
         self._rows[old:new] = self._next
-        image = self._next @ self.matrix
+        image: Float32 = self._next @ self.matrix
         exact = image.astype(np.float64)
         self._core[old:new, old - before : old] = self._coupling
         self._core[old:new, old:new] = exact @ exact.T
