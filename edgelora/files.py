@@ -14,6 +14,7 @@ import filelock
 from edgelora.errors import AlreadyExists, BankError
 
 TEMPORARY_PREFIX = ".edgelora-tmp-"
+_OWN_FILES = 256
 
 
 @contextlib.contextmanager
@@ -65,6 +66,22 @@ def locked(path: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
             f"{path}: locked by another process for more than {timeout_s:g} s",
             hint="Wait for the other edgelora command to end, then run this one again.",
         ) from error
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have `count` files open beside its own, as far as the system permits.
+
+    A mapped file counts as an open one; macOS begins with a limit of 256. Windows has none.
+    """
+    if os.name == "nt":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _refuse_existing(path: Path, force: bool) -> None:

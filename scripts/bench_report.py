@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import adapter_results as adapters
+import benchmark_scale as scale
 import gradient_quality.report as gradients
 import suggest_benchmark.report as suggestions
 from gradient_quality.measuring import read_results as read_gradients
@@ -28,6 +30,7 @@ SUGGESTIONS = ROOT / "results" / "suggest.jsonl"
 SUGGESTIONS_PAGE = ROOT / "docs" / "results.md"
 GRADIENTS = ROOT / "results" / "gradient_quality.jsonl"
 GRADIENTS_PAGE = ROOT / "docs" / "gradient.md"
+SCALE_PAGE = ROOT / "docs" / "scale.md"
 NOTHING = "Not measured yet."
 Measured = dict[str, Any]
 
@@ -75,11 +78,20 @@ def pages() -> dict[Path, str]:
     """Every page with tables, as the results say that it should be."""
     told = suggestions.report(read_results(SUGGESTIONS))
     return {
-        PAGE: fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
+        PAGE: put(
+            fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
+            "adapters",
+            adapters.report(adapters.read_rows(adapters.RESULTS)),
+        ),
         GRADIENTS_PAGE: put(
             GRADIENTS_PAGE.read_text(encoding="utf-8"),
             "gradient",
             gradients.report(read_gradients(GRADIENTS)),
+        ),
+        SCALE_PAGE: put(
+            SCALE_PAGE.read_text(encoding="utf-8"),
+            "scale",
+            scale.report(scale.read_rows(scale.RESULTS)),
         ),
         SUGGESTIONS_PAGE: put(SUGGESTIONS_PAGE.read_text(encoding="utf-8"), "suggest", told),
     }

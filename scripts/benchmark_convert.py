@@ -1,61 +1,36 @@
-"""Time and memory of one conversion at Mistral-7B size, and llama.cpp's converter beside it.
+"""Conversion of adapters of Mistral-7B's size in one process, with llama.cpp's converter beside it.
 
-    python scripts/benchmark_convert.py
+    python scripts/benchmark_convert.py [--adapters 20]
     python scripts/benchmark_convert.py --llama-cpp SOURCE_OF_LLAMA_CPP --reference-python PYTHON
 
-Makes an adapter (q, k, v of 32 layers, rank 16, F32, 37.8 MB) and a base of the same shapes whose
-weights are a hole in a sparse file, since conversion reads the header only. The reference needs
-torch and transformers in its Python. Seconds depend on the machine; the ratios say more.
+Makes adapters (q, k, v of 32 layers, rank 16, F32, 37.8 MB) and a base of the same shapes whose
+weights are a hole in a sparse file, since conversion reads the header only. llama.cpp's source
+comes from scripts/fetch_llama_cpp_source.py; its converter needs torch and transformers in its
+Python (`make setup-parity`) and takes a process for each adapter. Seconds depend on the machine;
+the ratios say more. Appends a line to results/adapters.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import psutil
-from gguf import GGMLQuantizationType, GGUFWriter
+from adapter_results import RESULTS, append
+from make_shape import SHAPES, Shape, write_base, write_peft
 from measure_memory import watch
-from numpy.typing import NDArray
 
 from edgelora.adapters.base import read_base
 from edgelora.adapters.peft import convert
-from edgelora.adapters.safetensors_file import save_safetensors
 from edgelora.gguf_file import open_gguf
 
-N_LAYER, N_EMBD, N_KV, N_FF, N_VOCAB, RANK = 32, 4096, 1024, 14336, 32000, 16
-BLOCK = {
-    "attn_q": (N_EMBD, N_EMBD),
-    "attn_k": (N_KV, N_EMBD),
-    "attn_v": (N_KV, N_EMBD),
-    "attn_output": (N_EMBD, N_EMBD),
-    "ffn_gate": (N_FF, N_EMBD),
-    "ffn_up": (N_FF, N_EMBD),
-    "ffn_down": (N_EMBD, N_FF),
-}
-HF_CONFIG = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "hidden_size": N_EMBD,
-    "intermediate_size": N_FF,
-    "num_hidden_layers": N_LAYER,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "vocab_size": N_VOCAB,
-    "tie_word_embeddings": False,
-}
 MEASURED = """
 import sys
 from pathlib import Path
@@ -66,82 +41,87 @@ convert(Path(sys.argv[1]), read_base(Path(sys.argv[2])), Path(sys.argv[3]))
 
 
 def main() -> None:
-    """Make the input, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Make the input, measure, print, append."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
+    parser.add_argument("--adapters", type=int, default=20)
     parser.add_argument("--llama-cpp", type=Path, help="llama.cpp's source, to run its converter")
     parser.add_argument("--reference-python", default=sys.executable, help="a Python with torch")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workspace", type=Path, help="where to write 100 MB (default: temporary)")
+    parser.add_argument("--reference-runs", type=int, default=3, help="of the other converter")
+    parser.add_argument("--workspace", type=Path, help="where to write 1.2 GB (default: temporary)")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    shape = SHAPES[options.shape]
     with tempfile.TemporaryDirectory(dir=options.workspace) as folder:
         root = Path(folder)
-        adapter, base = write_adapter(root / "adapter"), write_base(root / "base.gguf")
-        print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
-        seconds = time_conversion(adapter, base, root, options.repeats)
-        peak = peak_memory([sys.executable, "-c", MEASURED, adapter, base, root / "m.gguf"])
-        bare = peak_memory([sys.executable, "-c", "import time; time.sleep(0.3)"])
-        print(f"edgelora, in process: median {statistics.median(seconds):.3f} s of {seconds}")
-        print(f"edgelora, anonymous memory above a bare interpreter: {(peak - bare) / 1e6:.0f} MB")
+        base = write_base(root / "base.gguf", shape, sparse=True)
+        sources = [write_peft(root / f"peft-{i}", shape, seed=i) for i in range(options.adapters)]
+        row = {"part": "convert", "shape": options.shape, "adapters": options.adapters}
+        row |= measure(sources, base, root)
         if options.llama_cpp:
-            compare(options.llama_cpp, options.reference_python, adapter, base, root, seconds)
+            runs = sources[: options.reference_runs]
+            row |= compare(options.llama_cpp, options.reference_python, shape, runs, root)
+            row["ratio"] = row["reference_s"] / row["seconds_each"]
+    append(options.results, row)
 
 
-def write_adapter(folder: Path) -> Path:
-    """A PEFT folder of Mistral-7B's shapes, random, F32."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    arrays: dict[str, NDArray[np.floating]] = {}
-    for layer in range(N_LAYER):
-        for module in ("q", "k", "v"):
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}_proj"
-            n_out, n_in = BLOCK[f"attn_{module}"]
-            arrays[f"{prefix}.lora_A.weight"] = rng.standard_normal((RANK, n_in), dtype=np.float32)
-            arrays[f"{prefix}.lora_B.weight"] = rng.standard_normal((n_out, RANK), dtype=np.float32)
-    save_safetensors(folder / "adapter_model.safetensors", arrays, {"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK}
-    config["target_modules"] = ["q_proj", "k_proj", "v_proj"]
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
-
-
-def write_base(path: Path) -> Path:
-    """A Q4_0 GGUF of Mistral-7B's shapes whose weights were never written."""
-    writer = GGUFWriter(None, "llama")
-    writer.add_block_count(N_LAYER)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_head_count(32)
-    writer.add_head_count_kv(8)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"token {i}" for i in range(N_VOCAB)])
-    shapes = {"token_embd.weight": (N_VOCAB, N_EMBD), "output.weight": (N_VOCAB, N_EMBD)}
-    for layer in range(N_LAYER):
-        shapes |= {f"blk.{layer}.{part}.weight": shape for part, shape in BLOCK.items()}
-    kind = GGMLQuantizationType.Q4_0
-    for name, shape in shapes.items():
-        size = shape[0] * shape[1] // 32 * 18
-        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-    norms = [f"blk.{i}.{part}.weight" for i in range(N_LAYER) for part in ("attn_norm", "ffn_norm")]
-    for name in [*norms, "output_norm.weight"]:
-        writer.add_tensor_info(name, (N_EMBD,), np.dtype(np.float32), 4 * N_EMBD)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    total = sum(a * b // 32 * 18 for a, b in shapes.values()) + 4 * N_EMBD * (len(norms) + 1)
-    os.truncate(path, path.stat().st_size + total + 64)
-    return path
-
-
-def time_conversion(adapter: Path, base: Path, root: Path, repeats: int) -> list[float]:
-    """Seconds of each conversion, reading the base's header included; the first is not counted."""
+def measure(sources: list[Path], base: Path, root: Path) -> dict[str, Any]:
+    """Seconds for each in this process, and as a process of its own, with its memory."""
     seconds = []
-    for i in range(repeats + 1):
+    for source in sources:
         start = time.perf_counter()
-        convert(adapter, read_base(base), root / "ours.gguf", dtype="f16")
-        seconds.append(round(time.perf_counter() - start, 3))
-        (root / "ours.gguf").rename(root / f"ours-{i}.gguf")
-        (root / f"ours-{i - 1}.gguf").unlink(missing_ok=True)
-    return seconds[1:]
+        convert(source, read_base(base), root / f"{source.name}.gguf")
+        seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    command = [sys.executable, "-c", MEASURED, sources[0], base, root / "alone.gguf"]
+    peak = peak_memory(command)
+    return {
+        "seconds_each": statistics.mean(seconds),
+        "seconds_median": statistics.median(seconds),
+        "seconds_process": time.perf_counter() - start,
+        "anonymous_mb": peak / 1e6,
+    }
+
+
+def compare(
+    llama_cpp: Path, python: str, shape: Shape, sources: list[Path], root: Path
+) -> dict[str, Any]:
+    """convert_lora_to_gguf.py on the same adapters: seconds, memory, whether the bits agree."""
+    (root / "config.json").write_text(json.dumps(hf_config(shape)), encoding="utf-8")
+    script = llama_cpp / "convert_lora_to_gguf.py"
+    seconds, peaks, equal = [], [], True
+    for source in sources:
+        theirs = root / f"theirs-{source.name}.gguf"
+        command = [python, script, source, "--base", root, "--outfile", theirs, "--outtype", "f16"]
+        start = time.perf_counter()
+        peaks.append(peak_memory(command, quiet=True))
+        seconds.append(time.perf_counter() - start)
+        equal = equal and same_bits(root / f"{source.name}.gguf", theirs)
+    return {
+        "reference_s": statistics.median(seconds),
+        "reference_mb": max(peaks) / 1e6,
+        "same_tensors": equal,
+    }
+
+
+def hf_config(shape: Shape) -> dict[str, object]:
+    """What the reference reads of a base."""
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_size": shape.n_embd,
+        "intermediate_size": shape.n_ff,
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "num_key_value_heads": shape.n_head_kv,
+        "max_position_embeddings": shape.n_ctx,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "vocab_size": shape.n_vocab,
+        "tie_word_embeddings": shape.tied,
+    }
 
 
 def peak_memory(command: list[object], *, quiet: bool = False) -> int:
@@ -152,27 +132,6 @@ def peak_memory(command: list[object], *, quiet: bool = False) -> int:
     if child.returncode:
         raise SystemExit(f"the measured process failed: {command}")
     return peak
-
-
-def compare(
-    llama_cpp: Path, python: str, adapter: Path, base: Path, root: Path, seconds: list[float]
-) -> None:
-    """Run convert_lora_to_gguf.py on the same adapter; print ratios and whether bits agree."""
-    (root / "config.json").write_text(json.dumps(HF_CONFIG), encoding="utf-8")
-    script = llama_cpp / "convert_lora_to_gguf.py"
-    theirs = root / "theirs.gguf"
-    command = [python, script, adapter, "--base", root, "--outfile", theirs, "--outtype", "f16"]
-    start = time.perf_counter()
-    reference_peak = peak_memory(command, quiet=True)
-    reference_s = time.perf_counter() - start
-    start = time.perf_counter()
-    ours = root / "process.gguf"
-    subprocess.run([sys.executable, "-c", MEASURED, adapter, base, ours], check=True)
-    process_s = time.perf_counter() - start
-    print(f"convert_lora_to_gguf.py: {reference_s:.1f} s, {reference_peak / 1e6:.0f} MB")
-    print(f"  / edgelora in process: {reference_s / statistics.median(seconds):.0f}")
-    print(f"  / edgelora as a new process ({process_s:.2f} s): {reference_s / process_s:.1f}")
-    print(f"  tensors equal bit for bit: {same_bits(ours, theirs)}")
 
 
 def same_bits(ours: Path, theirs: Path) -> bool:

@@ -1,41 +1,76 @@
-"""Time and memory of a merge at Mistral-7B size (q,k,v), on one core, against the targets.
+"""A merge at Mistral-7B size (q, k, v) on one core, beside PEFT's svd and the paper's product.
 
     python scripts/benchmark_merge.py FOLDER [--adapters 8] [--rank 16] [--to 16]
+    python scripts/benchmark_merge.py FOLDER --reference-python .venv-parity/bin/python
 
-The adapters are made in FOLDER first, if they are not there. For comparison one tensor is merged as
-PEFT's `svd` does it, by a full SVD of the dense update. Peak memory is RssAnon of /proc, sampled
-every 5 ms; where there is no /proc, the resident size.
+The adapters are made in FOLDER first, if they are not there. PEFT's svd runs in a Python that has
+it, on one layer; its time is multiplied by the number of layers. The paper (arXiv:2507.01806)
+multiplies coefficients with one matrix of all flattened adapters, which averages the factors, so
+`linear` does the same here. Memory is RssAnon of /proc, sampled every 5 ms; where there is no
+/proc, the resident size. Appends a line to results/adapters.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
+import subprocess
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
+from adapter_results import RESULTS, append
 from make_shape import SHAPES, write_gguf_lora
 from measure_memory import anonymous
 
-from edgelora.adapters.combine import combine
-from edgelora.adapters.gguf_lora import open_lora
+from edgelora.adapters.gguf_lora import LoraFile, open_lora
 from edgelora.adapters.merge import merge_adapters, one_blas_thread
 
-MAX_SECONDS = 10.0
-MAX_ANONYMOUS_MB = 400.0
-COMPARED = "blk.0.attn_k.weight"
+LAYER = "blk.0."
+PEFT_SVD = """
+import json, sys, time
+import numpy as np, peft, torch
+torch.set_num_threads(1)
+given = np.load(sys.argv[1])
+names = sorted({name.split("/")[1] for name in given.files})
+n = len({name.split("/")[0] for name in given.files})
+rank, weights = int(sys.argv[2]), [1 / n] * n
+shapes = {m: (given[f"0/{m}/b"].shape[0], given[f"0/{m}/a"].shape[1]) for m in names}
+layer = torch.nn.ModuleDict(
+    {m: torch.nn.Linear(i, o, bias=False, device="meta") for m, (o, i) in shapes.items()}
+).to_empty(device="cpu")
+source = given[f"0/{names[0]}/a"].shape[0]
+config = peft.LoraConfig(r=source, lora_alpha=2 * source, target_modules=names)
+model = peft.PeftModel(layer, config, adapter_name="0")
+for i in range(1, n):
+    model.add_adapter(str(i), config)
+modules = {m: model.base_model.model[m] for m in names}
+with torch.no_grad():
+    for i in range(n):
+        for m, module in modules.items():
+            module.lora_A[str(i)].weight.copy_(torch.from_numpy(given[f"{i}/{m}/a"]))
+            module.lora_B[str(i)].weight.copy_(torch.from_numpy(given[f"{i}/{m}/b"]))
+started = time.perf_counter()
+model.add_weighted_adapter([str(i) for i in range(n)], weights, "mixed", "svd", svd_rank=rank)
+seconds = time.perf_counter() - started
+lost = total = 0.0
+for m, module in modules.items():
+    exact = sum(w * module.get_delta_weight(str(i)) for i, w in enumerate(weights))
+    lost += float((module.get_delta_weight("mixed") - exact).double().square().sum())
+    total += float(exact.double().square().sum())
+print(json.dumps({"seconds": seconds, "error": (lost / total) ** 0.5, "peft": peft.__version__}))
+"""
 
 
 @contextmanager
 def watched_memory() -> Iterator[list[float]]:
-    """A list whose first entry is the peak once the block has ended."""
+    """A list whose first entry is the peak in MB once the block has ended."""
     process = psutil.Process()
     peak = [anonymous(process) / 1e6]
     done = threading.Event()
@@ -51,34 +86,67 @@ def watched_memory() -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
+        peak[0] = max(peak[0], anonymous(process) / 1e6)
 
 
-def compare_one(paths: list[Path], weights: list[float], rank: int) -> dict[str, float]:
-    """One tensor by a dense float32 SVD, as PEFT makes it, and by ours."""
-    sources = [open_lora(path) for path in paths]
+def merged(paths: Sequence[Path], out: Path, **options: Any) -> dict[str, Any]:
+    """Our merge of the uniform mean, and what it took."""
+    before = anonymous(psutil.Process()) / 1e6
+    started, used = time.perf_counter(), time.process_time()
+    with watched_memory() as peak:
+        report = merge_adapters(paths, [1 / len(paths)] * len(paths), out, force=True, **options)
+    return {
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - used,
+        "anonymous_mb": peak[0],
+        "added_mb": peak[0] - before,
+        "error": report.error,
+        "excess": report.excess,
+        "tensors": len(report.tensors),
+    }
+
+
+def papers_product(paths: Sequence[Path]) -> dict[str, float]:
+    """Every adapter flattened into one row of one float32 matrix, times the coefficients."""
+    before = anonymous(psutil.Process()) / 1e6
     started = time.perf_counter()
-    dense = sum(
-        np.float32(w * s.pair(COMPARED).scale)
-        * (s.pair(COMPARED).lora_b.astype(np.float32) @ s.pair(COMPARED).lora_a.astype(np.float32))
-        for s, w in zip(sources, weights, strict=True)
-    )
-    values = np.linalg.svd(dense, full_matrices=False)[1]
-    dense_s = time.perf_counter() - started
-
-    class Only:
-        def __init__(self, source: object) -> None:
-            self.plan = {COMPARED: source.plan[COMPARED]}
-            self.pair = source.pair
-
-    started = time.perf_counter()
-    made = combine("svd", [Only(source) for source in sources], weights, rank=rank)
-    list(made.pairs())
-    ours_s = time.perf_counter() - started
-    best = float(np.linalg.norm(values[rank:]) / np.linalg.norm(values))
-    return {"dense_s": dense_s, "ours_s": ours_s, "dense_error": best, "ours_error": made.error}
+    with watched_memory() as peak:
+        files = [open_lora(path) for path in paths]
+        matrix = np.stack([_flat(file) for file in files])
+        product = np.full(len(paths), 1 / len(paths), np.float32) @ matrix
+    seconds = time.perf_counter() - started
+    assert product.shape == matrix.shape[1:]
+    return {"seconds": seconds, "anonymous_mb": peak[0], "added_mb": peak[0] - before}
 
 
-def main() -> int:
+def _flat(file: LoraFile) -> np.ndarray:
+    arrays = (array for pair in file.pairs() for array in (pair.lora_a, pair.lora_b))
+    return np.concatenate([np.asarray(array, np.float32).ravel() for array in arrays])
+
+
+def pefts_svd(python: str, paths: Sequence[Path], rank: int, n_layer: int) -> dict[str, Any]:
+    """PEFT's svd of one layer in another process, scaled to all, and our error on that layer."""
+    files = [open_lora(path) for path in paths]
+    names = [name for name in files[0].names if name.startswith(LAYER)]
+    arrays = {}
+    for i, file in enumerate(files):
+        for name in names:
+            pair, module = file.pair(name), name.split(".")[2]
+            arrays[f"{i}/{module}/a"] = np.asarray(pair.lora_a, np.float32)
+            arrays[f"{i}/{module}/b"] = np.asarray(pair.lora_b, np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        given = Path(folder) / "layer.npz"
+        np.savez(given, **arrays)
+        command = [python, "-c", PEFT_SVD, str(given), str(rank)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows = {n: [1 / len(files) * n.startswith(LAYER)] * len(files) for n in files[0].names}
+        ours = merge_adapters(files, rows, Path(folder) / "layer.gguf", rank=rank, dtype="f32")
+    told = json.loads(done.stdout)
+    return told | {"seconds": told["seconds"] * n_layer, "layers": 1, "our_error": ours.error}
+
+
+def main() -> None:
+    """Make what is missing, measure, print, append."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,51 +155,26 @@ def main() -> int:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16, help="of the sources")
     parser.add_argument("--to", type=int, default=16, help="rank of the result")
-    parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--reference-python", help="a Python with torch and PEFT")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    shape, paths = SHAPES[options.shape], []
     for i in range(options.adapters):
         paths.append(options.folder / f"{options.shape}-r{options.rank}-{i}.gguf")
         if not paths[-1].exists():
-            write_gguf_lora(paths[-1], SHAPES[options.shape], rank=options.rank, seed=i)
-    weights = [1.0 / options.adapters] * options.adapters
+            write_gguf_lora(paths[-1], shape, rank=options.rank, alpha=2 * options.rank, seed=i)
     out = options.folder / "merged.gguf"
-    seconds, cpu = [], []
+    row: dict[str, Any] = {"part": "merge", "shape": options.shape, "adapters": options.adapters}
+    row |= {"rank": options.rank, "to": options.to}
     with one_blas_thread():
-        for _ in range(options.runs):
-            started, used = time.perf_counter(), time.process_time()
-            with watched_memory() as peak:
-                report = merge_adapters(paths, weights, out, rank=options.to, force=True)
-            seconds.append(time.perf_counter() - started)
-            cpu.append(time.process_time() - used)
-        one = compare_one(paths, weights, options.to)
-    result = {
-        "shape": options.shape, "adapters": options.adapters, "rank": options.rank,
-        "to": options.to, "tensors": len(report.tensors), "error": report.error,
-        "seconds": statistics.median(seconds), "cpu_seconds": statistics.median(cpu),
-        "peak_anonymous_mb": peak[0], "max_seconds": MAX_SECONDS,
-        "max_anonymous_mb": MAX_ANONYMOUS_MB, "one_tensor": {"name": COMPARED, **one},
-    }  # fmt: skip
-    met = result["seconds"] <= MAX_SECONDS and result["peak_anonymous_mb"] <= MAX_ANONYMOUS_MB
-    if options.json:
-        print(json.dumps(result, indent=2))
-    else:
-        print(
-            f"{options.adapters} adapters of rank {options.rank} -> {options.to}, {options.shape}"
-        )
-        print(f"  time    {result['seconds']:7.2f} s of one core (target {MAX_SECONDS:g} s)")
-        print(f"  memory  {peak[0]:7.0f} MB anonymous (target {MAX_ANONYMOUS_MB:g} MB)")
-        print(f"  error   {report.error:7.4f} relative, {len(report.tensors)} tensors")
-        print(
-            f"  {COMPARED}: dense SVD {one['dense_s']:.2f} s, ours {one['ours_s']:.3f} s "
-            f"({one['dense_s'] / one['ours_s']:.0f} x), errors {one['dense_error']:.6f} and "
-            f"{one['ours_error']:.6f}"
-        )
-        print("  targets met" if met else "  TARGETS MISSED")
-    return 0 if met else 1
+        row |= merged(paths, out, rank=options.to)
+        row["linear"] = merged(paths, out, method="linear")
+        row["dense"] = papers_product(paths)
+        if options.reference_python:
+            row["peft"] = pefts_svd(options.reference_python, paths, options.to, shape.n_layer)
+    append(options.results, row)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,10 +1,13 @@
-"""Files with the shape of a real model and random values: a base GGUF, PEFT and GGUF adapters.
+"""Files with the shape of a real model and random values: a base GGUF, adapters, a whole bank.
 
     python scripts/make_shape.py mistral-7b out/ --base q4_0 --peft 2 --gguf 8
+    python scripts/make_shape.py mistral-7b out/ --bank 500
     python scripts/make_shape.py tinyllama-1.1b out/ --base f16 --sparse
 
 They cost what the real ones cost, in time and memory, and answer nothing. The vocabulary is made up
-(SentencePiece, the right size). --sparse writes the header and leaves the values to the file system
+(SentencePiece, the right size). --bank converts PEFT folders one by one, as `edgelora bank add`
+does, into out/bank (18.9 MB each at 7B; run again, it goes on), with signatures that are drawn, not
+embedded. --sparse writes the header and leaves the values to the file system
 as a hole of zeros: enough for names and shapes, not for decoding.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +24,11 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import quantize
 
+from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import PairPlan, write_lora
 from edgelora.adapters.lora import LoraPair
+from edgelora.bank import Facts, open_bank
+from edgelora.signature import Signature, summarise
 
 POOL = 1 << 20
 CHUNK_BYTES = 64 << 20
@@ -237,6 +244,38 @@ def write_gguf_lora(
     return path
 
 
+def draw_signature(shape: Shape, base_id: str, *, seed: int = 0) -> Signature:
+    """What a dataset of 64 examples might look like: near others, far from the origin."""
+    shared, rng = np.random.default_rng(0), np.random.default_rng([seed, 1])
+    offset = 5 * shared.standard_normal(shape.n_embd, dtype=np.float32)
+    fields = []
+    for _ in range(2):
+        centre = offset + rng.standard_normal(shape.n_embd, dtype=np.float32)
+        fields.append(centre + rng.standard_normal((64, shape.n_embd), dtype=np.float32))
+    ids = np.minimum(rng.zipf(1.3, size=(64, 40)), shape.n_vocab - 1)
+    return summarise(*fields, ids.tolist(), n_vocab=shape.n_vocab, base_id=base_id)
+
+
+def write_bank(
+    folder: Path, shape: Shape, base: Path, count: int, *, rank: int = 16, alpha: float = 32
+) -> Path:
+    """A bank of `count` adapters converted from F16 PEFT folders; those that it has are left."""
+    header = read_base(base)
+    bank = open_bank(folder, create=True)
+    known = {record.name for record in bank.records() if record.has_signature}
+    for i in range(count):
+        name = f"random{i:05}"
+        if name in known:
+            continue
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            source = write_peft(
+                Path(scratch) / name, shape, rank=rank, alpha=alpha, dtype="F16", seed=i
+            )
+            bank.add(source, header, name=name, facts=Facts(licence="CC0-1.0"))
+        bank.set_signature(name, draw_signature(shape, header.identity.id, seed=i))
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -247,6 +286,7 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true", help="a base without values")
     parser.add_argument("--peft", type=int, default=0, metavar="N", help="PEFT adapters")
     parser.add_argument("--gguf", type=int, default=0, metavar="N", help="GGUF adapters")
+    parser.add_argument("--bank", type=int, default=0, metavar="N", help="a bank of N adapters")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=32)
     parser.add_argument("--dtype", choices=DTYPES, default="F32", help="of PEFT adapters")
@@ -265,7 +305,12 @@ def main() -> None:
         made.append(write_peft(path, shape, dtype=options.dtype, seed=i, **sizes))
     for i in range(options.seed, options.seed + options.gguf):
         made.append(write_gguf_lora(folder / f"lora-{i}.gguf", shape, seed=i, **sizes))
-    print(*made or ["nothing asked for: --base, --peft or --gguf"], sep="\n")
+    if options.bank:
+        base = folder / f"{options.shape}-header.gguf"
+        if not base.exists():
+            write_base(base, shape, sparse=True)
+        made.append(write_bank(folder / "bank", shape, base, options.bank, **sizes))
+    print(*made or ["nothing asked for: --base, --peft, --gguf or --bank"], sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edgelora.adapters import krylov, terms
 from edgelora.adapters.combine import COMBINATIONS, combine
 from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.lora_layout import PairPlan
-from edgelora.adapters.lowrank import product_norm, rank_for, singular_values, truncated
+from edgelora.adapters.lowrank import product_norm, rank_for, reduced
 from edgelora.errors import EdgeLoRAError, IncompatibleAdapter, InvalidFile, UnsupportedFile
 
 
@@ -132,6 +133,58 @@ def test_more_stacked_rank_than_the_matrix_has() -> None:
         assert relative(dense(pair), exact(sources, [1 / 30] * 30, pair.name)) < 5e-6
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_wide_stack_on_a_large_matrix(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 x rank 4 on 300 x 260, chunks of 16 ranks, by Krylov spaces: the optimum within 1e-4."""
+    monkeypatch.setattr(krylov, "SMALL", 8)
+    monkeypatch.setattr(terms, "CHUNK_RANK", 16)
+    sources = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        lora_a = rng.standard_normal((4, 260), dtype=np.float32)
+        lora_b = rng.standard_normal((300, 4)).astype(np.float16)
+        sources.append(Fake({"x": LoraPair("x", lora_a, lora_b, 0.1 + seed % 7)}))
+    weights = np.random.default_rng(0).uniform(-1, 1, (40, 4))
+    made = combine("svd", sources, {"x": weights}, rank=rank)
+    wanted = sum(
+        s.pair("x").scale * (s.pair("x").lora_b * row) @ s.pair("x").lora_a.astype(np.float64)
+        for s, row in zip(sources, weights, strict=True)
+    )
+    values = np.linalg.svd(wanted, compute_uv=False)
+    best = float(np.linalg.norm(values[rank:]) / np.linalg.norm(values))
+    (pair,) = made.pairs()
+    assert relative(dense(pair), wanted) == pytest.approx(best, rel=1e-4)
+    assert made.error == pytest.approx(relative(dense(pair), wanted), rel=1e-5)
+    assert made.error - best <= made.excess + 1e-6 and made.excess < 1e-4 * best
+    assert made.reports[0].norm == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [2, 30])
+@pytest.mark.parametrize("method", COMBINATIONS)
+def test_an_adapter_that_was_never_trained_adds_nothing(method: str, k: int) -> None:
+    """lora_b begins as zeros."""
+    untrained = adapter(2, names="x")
+    untrained.pair("x").lora_b[:] = 0
+    with pytest.raises(EdgeLoRAError, match="zero everywhere"):
+        combine(method, [untrained] * k, [1.0] * k)
+
+
+@pytest.mark.parametrize("method", COMBINATIONS)
+def test_a_wide_stack_that_cancels_or_is_broken(method: str) -> None:
+    """30 x rank 4 is worked on as a dense sum; linear's error is that of its own factors."""
+    sources = [adapter(seed, names="x") for seed in range(15)] * 2
+    weights = [1.0] * 15 + [-1.0] * 15
+    with pytest.raises(EdgeLoRAError, match="zero everywhere"):
+        combine(method, sources, weights)
+    made = combine(method, sources, [1 / 30] * 30)
+    (pair,) = made.pairs()
+    wanted = exact(sources, [1 / 30] * 30, "x")
+    assert made.error == pytest.approx(relative(dense(pair), wanted), rel=1e-4, abs=1e-5)
+    sources[3].pair("x").lora_a[0, 0] = np.nan
+    with pytest.raises(InvalidFile, match="x: an adapter holds NaN or infinite"):
+        combine(method, sources, [1 / 30] * 30)
+
+
 def test_auto_rank_keeps_99_percent_of_the_energy() -> None:
     sources = [adapter(seed) for seed in range(3)]
     made = combine("svd", sources, [1.0, 0.1, 0.01])
@@ -146,16 +199,32 @@ def test_factors_are_balanced_signed_and_repeatable() -> None:
     rng = np.random.default_rng(0)
     lora_b = rng.standard_normal((30, 9), dtype=np.float32) * 100
     lora_a = rng.standard_normal((9, 20), dtype=np.float32)
-    new_a, new_b = truncated(lora_b, lora_a, 5)
-    again_a, again_b = truncated(lora_b, lora_a, 5)
+    low, again = reduced(lora_b, lora_a, 5), reduced(lora_b, lora_a, 5)
+    (new_a, new_b), (again_a, again_b) = low.factors, again.factors
     assert new_a.dtype == new_b.dtype == np.float32
     assert (new_a.tobytes(), new_b.tobytes()) == (again_a.tobytes(), again_b.tobytes())
     np.testing.assert_allclose(
         np.linalg.norm(new_a, axis=1), np.linalg.norm(new_b, axis=0), rtol=1e-5
     )
     values = np.linalg.svd(lora_b.astype(float) @ lora_a, compute_uv=False)
-    np.testing.assert_allclose(singular_values(lora_b, lora_a), values[:9], rtol=1e-5)
+    np.testing.assert_allclose((new_b**2).sum(axis=0), values[:5], rtol=1e-5)
+    assert low.norm == pytest.approx(np.linalg.norm(values), rel=1e-6)
+    assert low.error == pytest.approx(np.linalg.norm(values[5:]), rel=1e-5)
     assert product_norm(lora_b, lora_a) == pytest.approx(np.linalg.norm(values), rel=1e-6)
+
+
+def test_a_core_of_which_only_the_leading_part_is_computed() -> None:
+    """160 ranks of which 12 are wanted: as by a full SVD."""
+    rng = np.random.default_rng(0)
+    lora_b = rng.standard_normal((300, 160), dtype=np.float32) * np.geomspace(1, 1e-3, 160)
+    lora_a = rng.standard_normal((160, 200), dtype=np.float32)
+    product = lora_b.astype(float) @ lora_a
+    values = np.linalg.svd(product, compute_uv=False)
+    low = reduced(lora_b.astype(np.float32), lora_a, 12)
+    best = float(np.linalg.norm(values[12:]))
+    assert low.error == pytest.approx(best, rel=1e-5)
+    made = low.factors[1].astype(float) @ low.factors[0]
+    assert np.linalg.norm(made - product) == pytest.approx(best, rel=1e-5)
 
 
 def test_weights_for_each_tensor() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.linalg import block_diag
 
-from edgelora.operators.distances import DISTANCES, TOKEN_DISTANCES, measure
+from edgelora.errors import IncompatibleAdapter
+from edgelora.operators.distances import DISTANCES, TOKEN_DISTANCES, measure, prepare
 from edgelora.operators.embedding_distances import bures_squared, fields_used
 from edgelora.operators.whitening import SHRINKAGE, moment_space, sample_space
 from edgelora.signature import Signature, summarise
@@ -75,6 +77,32 @@ def test_one_adapter_of_one_text(name: str) -> None:
     one = summarise(x, None, [[0]], n_vocab=1, base_id="b")
     other = summarise(2 * x, None, [[0]], n_vocab=1, base_id="b")
     assert np.isfinite(measure(name, other, [one])).all()
+
+
+@pytest.mark.parametrize("name", sorted(DISTANCES))
+def test_a_prepared_bank_measures_the_same(name: str) -> None:
+    """For several datasets, one without completions; some adapters have none either."""
+    bank = [*BANK, dataset(8, task=8, completions=False), dataset(9, task=9, n=1)]
+    compare = prepare(name, bank, seed=4)
+    for target in (dataset(77, task=2), dataset(78, task=1, completions=False)):
+        assert np.array_equal(compare(target), measure(name, target, bank, seed=4))
+
+
+@pytest.mark.parametrize("name", ["bures", "rbf_mmd"])
+def test_a_prepared_bank_is_of_one_base(name: str) -> None:
+    other = replace(dataset(1, task=1), base_id="c")
+    with pytest.raises(IncompatibleAdapter, match="signature 0: base b"):
+        prepare(name, BANK)(other)
+
+
+def test_cosine_is_that_of_the_whitened_means() -> None:
+    target = dataset(77, task=2)
+    space = moment_space([other.prompt for other in BANK])
+    x = space.mean(target.prompt)
+    means = [space.mean(other.prompt) for other in BANK]
+    wanted = [1 - x @ y / np.linalg.norm(x) / np.linalg.norm(y) for y in means]
+    found = measure("cosine", target, BANK, completion_weight=0.0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
 def test_bures_by_hand() -> None:

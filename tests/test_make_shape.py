@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import adapter_results
 import numpy as np
 import pytest
 from llama_logits import logits
@@ -15,7 +17,9 @@ from llama_logits import logits
 from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import check, open_lora
 from edgelora.adapters.peft import convert
+from edgelora.bank import open_bank
 from edgelora.gguf_file import open_gguf
+from edgelora.operators.distances import measure
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -54,12 +58,44 @@ def test_a_sparse_base_is_enough_to_convert(made: ModuleType, tmp_path: Path) ->
     assert len(open_lora(tmp_path / "lora.gguf").names) == 6
 
 
-def test_the_merge_benchmark_runs(made: ModuleType, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "benchmark_merge.py"), str(tmp_path), "--json"]
-    sizes = ["--shape", "smollm2-135m", "--adapters", "2", "--rank", "2", "--to", "2"]
-    done = subprocess.run([*command, *sizes], capture_output=True, text=True)
-    assert done.returncode in (0, 1), done.stderr  # 1: a target missed, on a busy machine
-    told = json.loads(done.stdout)
-    assert told["tensors"] == 90
-    one = told["one_tensor"]
-    assert one["ours_error"] == pytest.approx(one["dense_error"], rel=1e-3)
+def test_a_bank_goes_on_where_it_was(made: ModuleType, tmp_path: Path) -> None:
+    shape = made.SHAPES["small"]
+    base = made.write_base(tmp_path / "base.gguf", shape, dtype="f16", sparse=True)
+    made.write_bank(tmp_path / "bank", shape, base, 1, rank=4)
+    first = (tmp_path / "bank" / "adapters" / "random00000.gguf").stat().st_mtime_ns
+    bank = open_bank(made.write_bank(tmp_path / "bank", shape, base, 3, rank=4))
+    names = [record.name for record in bank.records()]
+    assert names == ["random00000", "random00001", "random00002"]
+    assert (tmp_path / "bank" / "adapters" / "random00000.gguf").stat().st_mtime_ns == first
+    assert len({record.content_sha256 for record in bank.records()}) == 3
+    base_id = read_base(base).identity.id
+    signatures = [bank.signature(name, base_id) for name in names]
+    distances = measure("bures", signatures[0], signatures)
+    assert distances[0] < min(distances[1:]) and all(s.n_tokens == 64 * 40 for s in signatures)
+
+
+def run_benchmark(name: str, results: Path, *more: object) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPTS / f"benchmark_{name}.py"), "--shape", "smollm2-135m"]
+    command += [*map(str, more), "--results", str(results)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == results.read_text(encoding="utf-8")
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def test_the_merge_benchmark_runs(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    sizes = ["--adapters", 2, "--rank", 2, "--to", 2]
+    told = run_benchmark("merge", results, tmp_path, *sizes)
+    assert told["tensors"] == told["linear"]["tensors"] == 90
+    assert 0 < told["error"] < told["linear"]["error"]
+    table = adapter_results.report(adapter_results.read_rows(results))
+    assert "| smollm2-135m | 2 of rank 2 to 2 |" in table
+
+
+def test_the_conversion_benchmark_runs(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    told = run_benchmark("convert", results, "--adapters", 2, "--workspace", tmp_path)
+    assert told["adapters"] == 2 and told["seconds_each"] > 0 and told["anonymous_mb"] > 0
+    assert "| smollm2-135m | 2 |" in adapter_results.report([told])

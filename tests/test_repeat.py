@@ -15,6 +15,7 @@ import pytest
 from builds import World
 from cli_runner import run
 
+from edgelora.adapters import krylov, terms
 from edgelora.adapters.gguf_lora import LoraFile, open_lora, write_lora
 from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.merge import merge_adapters
@@ -99,6 +100,21 @@ def test_what_a_library_call_merged(options: dict[str, Any], world: World, tmp_p
     recorded = tmp_path / "merged.gguf"
     merge_adapters(sources(world)[:3], [0.7, -0.123456789, 0.0], recorded, **options)
     assert len(account_of(recorded)["sources"]) == 2
+    assert again(world, recorded).exit_code == 0
+    assert (tmp_path / "again.gguf").read_bytes() == recorded.read_bytes()
+
+
+def test_a_sum_of_more_ranks_than_the_matrices_have(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Krylov spaces, as for hundreds of adapters: the bound is recorded and comes back too."""
+    for name, value in {"SMALL": 8, "EXTRA": 2, "FIRST_CHECK": 1, "TOLERANCE": 0.5}.items():
+        monkeypatch.setattr(krylov, name, value)
+    monkeypatch.setattr(terms, "DENSE_SHARE", 0.1)
+    recorded = tmp_path / "merged.gguf"
+    report = merge_adapters(sources(world), [0.4, 0.3, 0.2, 0.1], recorded, rank=1)
+    tensors = account_of(recorded)["tensors"].values()
+    assert any("excess" in tensor for tensor in tensors) and report.excess > 0
     assert again(world, recorded).exit_code == 0
     assert (tmp_path / "again.gguf").read_bytes() == recorded.read_bytes()
 

@@ -16,52 +16,24 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgelora.adapters.lora import LoraPair, for_components, stacked
+from edgelora.adapters.krylov import best_of_dense
+from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.lora_layout import PairPlan
 from edgelora.adapters.lowrank import (
     Factors,
-    Float32,
+    dense_norm,
+    product_distance,
     product_norm,
-    rank_for,
-    singular_values,
-    truncated,
+    reduced,
 )
-from edgelora.errors import EdgeLoRAError, IncompatibleAdapter, InvalidFile, UnsupportedFile
+from edgelora.adapters.terms import Source, Terms, terms_of
+from edgelora.errors import EdgeLoRAError, IncompatibleAdapter, UnsupportedFile
 
 # One for each adapter; or for each tensor's name one for each adapter, (k,), or one for each
 # rank-one component of each adapter, (k, r), padded to the largest rank.
 Coefficients = Sequence[float] | Mapping[str, ArrayLike]
 
 AUTO = "auto"
-# float32 factors: an update this small beside its factors is what cancelling left over.
-CANCELLED = 1e-6
-
-
-class Source(Protocol):
-    """An adapter that can be combined; gguf_lora.LoraFile is one."""
-
-    @property
-    def plan(self) -> Mapping[str, PairPlan]:
-        """Names and sizes of its updates."""
-
-    def pair(self, name: str) -> LoraPair:
-        """One update."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The exact combination of one tensor as one pair of stacked factors.
-
-    Attributes:
-        lora_a: (R, in) float32, every A_i below the other; R is the sum of the ranks.
-        lora_b: (out, R) float32, every scale * c_i * s_i * B_i beside the other.
-        coefficients: the c_i that are not zero, (r_i,) each; ranks: the r_i that belong to them.
-    """
-
-    lora_a: Float32
-    lora_b: Float32
-    coefficients: tuple[NDArray[np.float64], ...]
-    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -72,6 +44,8 @@ class TensorReport:
         rank: of the update that was made; stacked_rank: the sum of the sources' ranks.
         norm: Frobenius norm of the exact combination.
         error: Frobenius norm of (made - exact) divided by `norm`.
+        excess: a bound on how much of `error` the best update of this rank would save. 0 for
+            methods that do not look for the best.
     """
 
     name: str
@@ -79,11 +53,12 @@ class TensorReport:
     stacked_rank: int
     norm: float
     error: float
+    excess: float = 0.0
 
 
 @dataclass(frozen=True)
 class Combination:
-    """A planned combination: sizes and errors are known, values are made by `pairs`.
+    """A combination: sizes and errors are known, values come from `pairs`.
 
     Attributes:
         cancelled: tensors whose exact combination is zero; they are left out.
@@ -97,21 +72,61 @@ class Combination:
     @property
     def error(self) -> float:
         """The relative Frobenius error of all tensors together."""
-        total = math.fsum(report.norm**2 for report in self.reports)
-        lost = math.fsum((report.error * report.norm) ** 2 for report in self.reports)
-        return math.sqrt(lost / total)
+        return self._share([report.error for report in self.reports])
+
+    @property
+    def excess(self) -> float:
+        """A bound on how much of `error` the best updates of these ranks would save."""
+        least = self._share([report.error - report.excess for report in self.reports])
+        return self.error - least
+
+    def _share(self, errors: Sequence[float]) -> float:
+        """Relative errors of the tensors as one of all."""
+        norms = [report.norm for report in self.reports]
+        lost = math.fsum((e * n) ** 2 for e, n in zip(errors, norms, strict=True))
+        return math.sqrt(lost / math.fsum(norm**2 for norm in norms))
 
     def pairs(self) -> Iterator[LoraPair]:
         """The combined updates (float32, scale 1) in the plan's order, one alive at a time."""
         return (self._make(planned) for planned in self.plan)
 
 
+class Kept(Protocol):
+    """Where factors lie between planning and writing; a dict will do."""
+
+    def __setitem__(self, name: str, factors: Factors, /) -> None:
+        """Keep those of one tensor."""
+
+    def __getitem__(self, name: str, /) -> Factors:
+        """Give them back."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a method makes of one tensor: norms are absolute, `norm` is 0 where all cancelled.
+
+    Attributes:
+        factors: None where they are made again when their turn comes.
+    """
+
+    rank: int
+    norm: float
+    error: float = 0.0
+    excess: float = 0.0
+    factors: Factors | None = None
+
+
 @dataclass(frozen=True)
 class Method:
-    """One way to combine: `measure` gives rank and error, `factors` the values of that rank."""
+    """One way to combine.
 
-    measure: Callable[[Stack, int | None], tuple[int, float]]
-    factors: Callable[[Stack, int], Factors]
+    Attributes:
+        make: what comes out of a tensor's terms, at the wanted rank.
+        factors: the factors, for a method whose `make` does not keep them.
+    """
+
+    make: Callable[[Terms, int | None], Made]
+    factors: Callable[[Terms], Factors] | None = None
     takes_rank: bool = False
     equal_ranks: bool = False
 
@@ -123,9 +138,10 @@ def combine(
     *,
     rank: int | str = AUTO,
     scale: float = 1.0,
+    kept: Kept | None = None,
     progress: Callable[[int], None] = lambda n_tensors: None,
 ) -> Combination:
-    """Plan the combination `sum_i scale * c_i * (update of source i)` and measure its error.
+    """Make the combination `sum_i scale * c_i * (update of source i)` and measure its error.
 
     Args:
         method: a key of COMBINATIONS.
@@ -135,6 +151,7 @@ def combine(
         rank: of the result, for svd: a number, or "auto" for 99 % of the energy with at most 64.
             A tensor whose exact combination has a smaller rank gets that.
         scale: multiplies every coefficient.
+        kept: where the factors that svd makes lie until they are asked for; in memory if None.
         progress: called with 1 after each tensor.
 
     Raises:
@@ -150,67 +167,98 @@ def combine(
     weights = _weights_of(names, sources, coefficients, scale)
     wanted = _wanted_rank(method, rank)
     _refuse_mismatches(sources, weights, way.equal_ranks)
-    plan, reports, cancelled = [], [], []
+    found = _Found({} if kept is None else kept)
     for name in names:
-        stack = _stack(name, sources, weights[name], scale)
-        norm = _norm_or_zero(name, stack)
-        if norm:
-            made, error = way.measure(stack, wanted)
-            plan.append(PairPlan(name, made, stack.lora_a.shape[1], stack.lora_b.shape[0]))
-            reports.append(TensorReport(name, made, sum(stack.ranks), norm, error / norm))
-        elif stack.ranks:
-            cancelled.append(name)
+        terms = terms_of(name, sources, weights[name], scale)
+        if terms.sources:
+            found.add(terms, way.make(terms, wanted))
         progress(1)
-    if not plan:
+    if not found.plan:
         raise EdgeLoRAError(
             "the combined adapter is zero everywhere", hint="Choose other coefficients."
         )
 
-    def make(planned: PairPlan) -> LoraPair:
-        stack = _stack(planned.name, sources, weights[planned.name], scale)
-        lora_a, lora_b = way.factors(stack, planned.rank)
-        return LoraPair(planned.name, lora_a, lora_b, 1.0)
+    def factors_of(planned: PairPlan) -> LoraPair:
+        name = planned.name
+        if way.factors is None:
+            lora_a, lora_b = found.kept[name]
+        else:
+            lora_a, lora_b = way.factors(terms_of(name, sources, weights[name], scale))
+        return LoraPair(name, lora_a, lora_b, 1.0)
 
-    return Combination(tuple(plan), tuple(reports), tuple(cancelled), make)
-
-
-def _measure_svd(stack: Stack, rank: int | None) -> tuple[int, float]:
-    values = singular_values(stack.lora_b, stack.lora_a)
-    kept = rank_for(values, rank)
-    return kept, float(np.linalg.norm(values[kept:]))
+    return Combination(tuple(found.plan), tuple(found.reports), tuple(found.cancelled), factors_of)
 
 
-def _factors_svd(stack: Stack, rank: int) -> Factors:
-    return truncated(stack.lora_b, stack.lora_a, rank)
+class _Found:
+    """What is known of the tensors so far."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self.plan: list[PairPlan] = []
+        self.reports: list[TensorReport] = []
+        self.cancelled: list[str] = []
+
+    def add(self, terms: Terms, made: Made) -> None:
+        """One more tensor."""
+        if not made.norm:
+            self.cancelled.append(terms.name)
+            return
+        n_out, n_in = terms.shape
+        self.plan.append(PairPlan(terms.name, made.rank, n_in, n_out))
+        error, excess = made.error / made.norm, made.excess / made.norm
+        report = TensorReport(terms.name, made.rank, terms.stacked_rank, made.norm, error, excess)
+        self.reports.append(report)
+        if made.factors is not None:
+            self.kept[terms.name] = made.factors
 
 
-def _measure_cat(stack: Stack, rank: int | None) -> tuple[int, float]:
-    return sum(stack.ranks), 0.0
+def _make_svd(terms: Terms, rank: int | None) -> Made:
+    if terms.is_dense:
+        total, bound = terms.dense()
+        norm = terms.real_norm(dense_norm(total), bound)
+        if not norm:
+            return Made(0, 0.0)
+        best = best_of_dense(total, norm, rank)
+        return Made(len(best.factors[0]), norm, best.error, best.excess, best.factors)
+    lora_a, lora_b = terms.stack()
+    bound = terms.bound((lora_a, lora_b))
+    low = reduced(lora_b, lora_a, rank)
+    norm = terms.real_norm(low.norm, bound)
+    return Made(len(low.factors[0]), norm, low.error, 0.0, low.factors)
 
 
-def _factors_cat(stack: Stack, rank: int) -> Factors:
-    return stack.lora_a, stack.lora_b
+def _make_cat(terms: Terms, rank: int | None) -> Made:
+    return Made(terms.stacked_rank, terms.norm())
 
 
-def _measure_linear(stack: Stack, rank: int | None) -> tuple[int, float]:
-    lora_a, lora_b = _factors_linear(stack, stack.ranks[0])
-    difference_b = np.concatenate([lora_b, -stack.lora_b], axis=1)
-    difference_a = np.concatenate([lora_a, stack.lora_a])
-    return stack.ranks[0], product_norm(difference_b, difference_a)
+def _make_linear(terms: Terms, rank: int | None) -> Made:
+    lora_a, lora_b = _factors_linear(terms)
+    if terms.is_dense:
+        total, bound = terms.dense()
+        norm = terms.real_norm(dense_norm(total), bound)
+        return Made(len(lora_a), norm, product_distance(total, (lora_a, lora_b)))
+    stacked_a, stacked_b = terms.stack()
+    norm = terms.norm_of((stacked_a, stacked_b))
+    difference_b = np.concatenate([lora_b, -stacked_b], axis=1)
+    error = product_norm(difference_b, np.concatenate([lora_a, stacked_a]))
+    return Made(len(lora_a), norm, error)
 
 
-def _factors_linear(stack: Stack, rank: int) -> Factors:
+def _factors_linear(terms: Terms) -> Factors:
     """(sum c_i A_i) and scale * (sum c_i s_i B_i): with equal s_i, the paper's average."""
-    weights = np.array(stack.coefficients, dtype=np.float32)[:, :, None]
-    lora_a = (weights * stack.lora_a.reshape(len(stack.ranks), rank, -1)).sum(axis=0)
-    lora_b = stack.lora_b.reshape(stack.lora_b.shape[0], len(stack.ranks), rank).sum(axis=1)
+    n_out, n_in = terms.shape
+    lora_a = np.zeros((terms.ranks[0], n_in), np.float32)
+    lora_b = np.zeros((n_out, terms.ranks[0]), np.float32)
+    for (pair, weight), coefficients in zip(terms.pairs(), terms.coefficients, strict=True):
+        lora_a += coefficients.astype(np.float32)[:, None] * pair.lora_a
+        lora_b += pair.lora_b * (weight * pair.scale).astype(np.float32)
     return lora_a, lora_b
 
 
 COMBINATIONS: dict[str, Method] = {
-    "svd": Method(_measure_svd, _factors_svd, takes_rank=True),
-    "cat": Method(_measure_cat, _factors_cat),
-    "linear": Method(_measure_linear, _factors_linear, equal_ranks=True),
+    "svd": Method(_make_svd, takes_rank=True),
+    "cat": Method(_make_cat, Terms.stack),
+    "linear": Method(_make_linear, _factors_linear, equal_ranks=True),
 }
 
 
@@ -276,32 +324,3 @@ def _refuse_mismatches(
             problems=ranks[:20],
             hint="Use svd or cat, which are exact sums at any ranks.",
         )
-
-
-def _stack(
-    name: str, sources: Sequence[Source], weights: NDArray[np.float64], scale: float
-) -> Stack:
-    """The stacked factors of one tensor; empty where every weight is zero."""
-    pairs = [
-        (weight, source.pair(name))
-        for source, weight in zip(sources, weights, strict=True)
-        if (weight * scale).any() and name in source.plan
-    ]
-    if not pairs:
-        return Stack(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), (), ())
-    lora_a, lora_b = stacked([pair for _, pair in pairs])
-    coefficients = tuple(for_components(weight, pair.rank) for weight, pair in pairs)
-    factors = [scale * c * pair.scale for c, (_, pair) in zip(coefficients, pairs, strict=True)]
-    lora_b *= np.concatenate(factors).astype(np.float32)
-    return Stack(lora_a, lora_b, coefficients, tuple(pair.rank for _, pair in pairs))
-
-
-def _norm_or_zero(name: str, stack: Stack) -> float:
-    """The exact combination's norm; 0 where it is only what cancelling left over."""
-    if not stack.ranks:
-        return 0.0
-    norm = product_norm(stack.lora_b, stack.lora_a)
-    bound = float(np.linalg.norm(stack.lora_b)) * float(np.linalg.norm(stack.lora_a))
-    if not math.isfinite(norm):
-        raise InvalidFile(f"{name}: an adapter holds NaN or infinite values")
-    return norm if norm > CANCELLED * bound else 0.0

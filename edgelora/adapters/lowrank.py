@@ -1,13 +1,15 @@
 """Maths of products `lora_b @ lora_a` that never form them: norm, singular values, best rank r.
 
 QR of both factors and an SVD of the small core give the same optimum as a full SVD of the matrix
-(Eckart-Young); the factors stay float32, the core is float64. Where the stacked rank exceeds the
-matrix's own, the core is as large as the matrix and the cost is that of a dense SVD.
+(Eckart-Young); the factors stay float32, the core is float64. Where the stacked rank nears the
+matrix's own, the core is as large as the matrix: see `krylov`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,50 +22,98 @@ AUTO_ENERGY = 0.99
 AUTO_CAP = 64
 # Singular values this small beside the largest are rounding of the float32 factors.
 ROUNDING = 2e-6
+TILE_ROWS = 256
+SMALL_CORE = 128
 
 
-def truncated(lora_b: Float32, lora_a: Float32, rank: int) -> Factors:
-    """The best rank-r approximation of `lora_b @ lora_a` in the Frobenius norm, balanced.
+@dataclass(frozen=True)
+class Reduced:
+    """A product at a smaller rank.
+
+    Attributes:
+        factors: (r, in) and (out, r) float32, of equal norm in every component. Signs are fixed: in
+            the small core's left vectors the entry of largest magnitude is positive.
+        norm: Frobenius norm of the product; error: of what was cut off.
+    """
+
+    factors: Factors
+    norm: float
+    error: float
+
+
+def reduced(lora_b: Float32, lora_a: Float32, rank: int | None) -> Reduced:
+    """The best approximation of `lora_b @ lora_a` in the Frobenius norm, at a rank of `rank_for`.
 
     Args:
         lora_b: (out, R) float32.
         lora_a: (R, in) float32.
-        rank: r, at most min(out, in, R).
-
-    Returns:
-        (r, in) and (out, r) float32 factors of equal norm in every component. Signs are fixed: in
-        the small core's left vectors the entry of largest magnitude is positive.
+        rank: a larger one than the product has is cut to that.
     """
-    from scipy.linalg import qr
-
-    q_b, r_b = qr(lora_b, mode="economic", check_finite=False)
-    q_a, r_a = qr(lora_a.T, mode="economic", check_finite=False)
-    u, s, vt = np.linalg.svd(_core(r_b, r_a), full_matrices=False)
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    signs = np.sign(u[np.abs(u).argmax(axis=0), np.arange(rank)])
+    tall_b, tall_a = _Tall(lora_b), _Tall(lora_a.T)
+    core = tall_b.r @ tall_a.r.T
+    norm = float(np.linalg.norm(core))
+    if not norm:
+        nothing = np.zeros((0, lora_a.shape[1]), np.float32), np.zeros((len(lora_b), 0), np.float32)
+        return Reduced(nothing, 0.0, 0.0)
+    u, s, vt = _leading_of(core, rank or AUTO_CAP)
+    kept = rank_for(s, rank, norm)
+    u, s, vt = u[:, :kept], s[:kept], vt[:kept]
+    signs = np.sign(u[np.abs(u).argmax(axis=0), np.arange(kept)])
     root = np.sqrt(s) * signs
-    new_b = q_b @ (u * root).astype(np.float32)
-    new_a = (vt * root[:, None]).astype(np.float32) @ q_a.T
-    return new_a, new_b
+    left, right = tall_b.times(u * root), tall_a.times((vt * root[:, None]).T)
+    error = math.sqrt(max(0.0, norm**2 - float((s**2).sum())))
+    return Reduced((right.T, left), norm, error)
 
 
-def singular_values(lora_b: Float32, lora_a: Float32) -> Float64:
-    """The singular values of `lora_b @ lora_a`, largest first, without forming the product."""
-    from scipy.linalg import qr
+class _Tall:
+    """Q and R of a matrix; Q is not formed, since few of its combinations are asked for."""
 
-    n_b, n_a = min(lora_b.shape), min(lora_a.shape)
-    (r_b,) = qr(lora_b, mode="r", check_finite=False)
-    (r_a,) = qr(lora_a.T, mode="r", check_finite=False)
-    values = np.linalg.svd(_core(r_b[:n_b], r_a[:n_a]), compute_uv=False)
-    return np.asarray(values, dtype=np.float64)
+    def __init__(self, matrix: Float32) -> None:
+        from scipy.linalg.lapack import sgeqrf, sgeqrf_lwork
+
+        work, _ = sgeqrf_lwork(*matrix.shape)
+        self._packed, self._tau, _, _ = sgeqrf(matrix, lwork=int(work))
+        self.r: Float64 = np.triu(self._packed[: len(self._tau)]).astype(np.float64)
+
+    def times(self, coefficients: Float64) -> Float32:
+        """Q @ coefficients, (rows, r)."""
+        from scipy.linalg.lapack import sormqr
+
+        n_rows, k = len(self._packed), len(self._tau)
+        padded = np.zeros((n_rows, coefficients.shape[1]), np.float32, order="F")
+        padded[:k] = coefficients
+        result: Float32
+        packed, lwork = self._packed[:, :k], 64 * max(1, padded.shape[1])
+        result, _, _ = sormqr("L", "N", packed, self._tau, padded, lwork, overwrite_c=True)
+        return result
 
 
-def rank_for(values: Float64, rank: int | None) -> int:
-    """How many singular values to keep: `rank`, or 99 % of the energy; never those of rounding."""
+def _leading_of(core: Float64, count: int) -> tuple[Float64, Float64, Float64]:
+    """The leading singular triplets of a small matrix, or all where they are cheap."""
+    from scipy.linalg import eigh
+
+    n = len(core)
+    if n <= SMALL_CORE or 4 * count > n:
+        u, s, vt = np.linalg.svd(core, full_matrices=False)
+        return u, s, vt
+    # Squares cost half of the digits of float64, and the factors are float32.
+    values, vectors = eigh(core @ core.T, subset_by_index=[n - count, n - 1], check_finite=False)
+    u, s = vectors[:, ::-1], np.sqrt(np.maximum(values[::-1], 0.0))
+    scale = np.divide(1.0, s, out=np.zeros_like(s), where=s > ROUNDING * s[0])
+    return u, s, scale[:, None] * (u.T @ core)
+
+
+def rank_for(values: Float64, rank: int | None, norm: float | None = None) -> int:
+    """How many singular values to keep: `rank`, or 99 % of the energy; never those of rounding.
+
+    Args:
+        values: the largest ones, descending; norm: of all, where these are not all.
+    """
     n_real = int((values > ROUNDING * values[0]).sum())
     if rank is None:
         energy = np.cumsum(values**2)
-        rank = min(int(np.searchsorted(energy, AUTO_ENERGY * energy[-1])) + 1, AUTO_CAP)
+        whole = energy[-1] if norm is None else norm**2
+        rank = min(int(np.searchsorted(energy, AUTO_ENERGY * whole)) + 1, AUTO_CAP)
     return min(rank, n_real)
 
 
@@ -73,6 +123,19 @@ def product_norm(lora_b: Float32, lora_a: Float32) -> float:
     return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
-def _core(r_b: Float32, r_a: Float32) -> Float64:
-    core: Float64 = r_b.astype(np.float64) @ r_a.astype(np.float64).T
-    return core
+def product_distance(matrix: Float32, factors: Factors) -> float:
+    """The Frobenius norm of (lora_b @ lora_a - matrix), a tile of rows at a time."""
+    lora_a, lora_b = factors
+    return _tiled_norm(
+        lora_b[at : at + TILE_ROWS] @ lora_a - matrix[at : at + TILE_ROWS]
+        for at in range(0, len(matrix), TILE_ROWS)
+    )
+
+
+def dense_norm(matrix: Float32) -> float:
+    """The Frobenius norm of a large float32 matrix, summed in float64."""
+    return _tiled_norm(matrix[at : at + TILE_ROWS] for at in range(0, len(matrix), TILE_ROWS))
+
+
+def _tiled_norm(tiles: Iterable[Float32]) -> float:
+    return math.sqrt(math.fsum(float((tile.astype(np.float64) ** 2).sum()) for tile in tiles))

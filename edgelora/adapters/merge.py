@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from edgelora import __version__
 from edgelora.adapters.combine import AUTO, Coefficients, Combination, TensorReport, combine
 from edgelora.adapters.gguf_lora import AdapterRecord, LoraFile, Scalar, open_lora, write_lora
-from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.provenance import describe_coefficients
+from edgelora.adapters.spool import open_spool
 from edgelora.errors import EdgeLoRAError, IncompatibleAdapter
-from edgelora.files import publish
+from edgelora.files import allow_open_files, publish
 
 FORMAT_VERSION = 1
 TOOL = f"edgelora {__version__}"
 BASE_PREFIX = "edgelora.base."
+EXCESS_TOLD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class MergeReport:
 
     Attributes:
         error: relative Frobenius error of the whole before rounding to the file's dtype.
+        excess: a bound on how much of it the best adapter of these ranks would save.
         tensors: rank, norm and error of each tensor.
         cancelled: tensors left out because the exact combination is zero.
     """
@@ -38,6 +40,7 @@ class MergeReport:
     path: Path
     method: str
     error: float
+    excess: float
     tensors: tuple[TensorReport, ...]
     cancelled: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -85,9 +88,9 @@ def merge_adapters(
 ) -> MergeReport:
     """Write `scale * sum_i coefficients[i] * sources[i]` as one adapter; out appears whole or not.
 
-    The same sources, coefficients and options give the same bytes on one machine. Singular values
-    are computed first, because the header holds the errors; the factors are made in a second
-    pass, so that memory holds those of one tensor only.
+    The same sources, coefficients and options give the same bytes on one machine. The header holds
+    the errors, so all tensors are combined before the first is written; what svd makes waits in a
+    temporary file beside `out`, so that memory holds one tensor only.
 
     Args:
         coefficients, method, rank, scale: see combine.combine. A source with coefficient 0
@@ -98,37 +101,43 @@ def merge_adapters(
         provenance: what the caller knows (distance, operator, seed, budget ...), JSON values; it
             joins what is recorded here in `edgelora.provenance`.
         force: overwrite `out`.
-        progress: called with 1 after each tensor, twice for each.
+        progress: called with 1 after each tensor.
 
     Raises:
         IncompatibleAdapter: sources for different architectures or bases.
         AlreadyExists: `out` exists and `force` is false.
         EdgeLoRAError: see combine.combine and gguf_lora.write_lora.
     """
-    files = [source if isinstance(source, LoraFile) else open_lora(source) for source in sources]
-    files, coefficients = _drop_unused(files, coefficients)
+    files, coefficients = _drop_unused(_opened(sources), coefficients)
     _refuse_mixture(files)
-    combination = combine(method, files, coefficients, rank=rank, scale=scale, progress=progress)
     facts, warnings = _inherited(_by_weight(files, coefficients))
     facts["edgelora.created_by"] = TOOL
     facts |= metadata or {}
-    own = _provenance(files, coefficients, combination, method, rank, scale, facts)
-    if clash := sorted(set(own) & set(provenance or {})):
-        raise ValueError(f"the provenance records {', '.join(clash)} already")
-    facts["edgelora.provenance"] = json.dumps(own | dict(provenance or {}), ensure_ascii=False)
-    with publish(out, force=force) as temporary:
+    with publish(out, force=force) as temporary, open_spool(out.parent) as kept:
+        made = combine(
+            method, files, coefficients, rank=rank, scale=scale, kept=kept, progress=progress
+        )
+        own = _provenance(files, coefficients, made, method, rank, scale, facts)
+        if clash := sorted(set(own) & set(provenance or {})):
+            raise ValueError(f"the provenance records {', '.join(clash)} already")
+        facts["edgelora.provenance"] = json.dumps(own | dict(provenance or {}), ensure_ascii=False)
         record = write_lora(
             temporary,
-            combination.plan,
-            _counted(combination, progress),
+            made.plan,
+            made.pairs(),
             architecture=files[0].architecture,
             alpha=None,
             dtype=dtype,
             metadata=facts,
         )
     return MergeReport(
-        out, method, combination.error, combination.reports, combination.cancelled, warnings, record
+        out, method, made.error, made.excess, made.reports, made.cancelled, warnings, record
     )
+
+
+def _opened(sources: Sequence[Path | LoraFile]) -> list[LoraFile]:
+    allow_open_files(len(sources))
+    return [source if isinstance(source, LoraFile) else open_lora(source) for source in sources]
 
 
 def _drop_unused(
@@ -244,10 +253,7 @@ def _provenance(
             for index, file in enumerate(files)
         ],
         "error": _rounded(combination.error),
-        "tensors": {
-            report.name: {"rank": report.rank, "error": _rounded(report.error)}
-            for report in combination.reports
-        },
+        "tensors": {report.name: _told(report) for report in combination.reports},
         "cancelled": list(combination.cancelled),
         "base": facts.get(f"{BASE_PREFIX}id"),
         "template": facts.get("edgelora.template"),
@@ -266,7 +272,8 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _counted(combination: Combination, progress: Callable[[int], None]) -> Iterator[LoraPair]:
-    for pair in combination.pairs():
-        yield pair
-        progress(1)
+def _told(report: TensorReport) -> dict[str, float]:
+    """What the account says of one tensor; a bound that rounds to nothing is left out."""
+    told = {"rank": report.rank, "error": _rounded(report.error)}
+    excess = float(f"{report.excess:.1g}")
+    return told | ({"excess": excess} if excess > EXCESS_TOLD else {})

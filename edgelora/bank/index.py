@@ -79,7 +79,7 @@ def list_adapters(folder: Path, index: Path) -> Listing:
         except (EdgeLoRAError, OSError) as error:
             damaged.append((file, str(error)))
     found = {**known, **fresh}
-    _store(index, fresh, scan.stamps, warnings)
+    store_records(index, fresh, scan.stamps, warnings)
     records = [
         replace(record, signatures=tuple(sorted(scan.signatures.get(record.name, ()))))
         for record in found.values()
@@ -148,7 +148,7 @@ def _believe(
     return records
 
 
-def _store(
+def store_records(
     index: Path,
     fresh: Mapping[str, BankRecord],
     stamps: Mapping[str, Stamp],

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgelora.adapters.base import BaseIdentity
 from edgelora.bank import Bank, BankRecord
 from edgelora.errors import BankError
+from edgelora.files import allow_open_files
 from edgelora.operators.distances import split_by_signature
 from edgelora.signature import Signature
 
@@ -41,6 +42,11 @@ class Pool:
     def names(self) -> list[str]:
         """The adapters' names."""
         return [record.name for record in self.records]
+
+    @property
+    def hashes(self) -> list[str]:
+        """Of what is in the adapters' files."""
+        return [record.content_sha256 for record in self.records]
 
     @property
     def signed(self) -> list[int]:
@@ -85,6 +91,7 @@ def open_pool(bank: Bank, identity: BaseIdentity, exclude: Sequence[str]) -> Poo
             hint="Use the base that the adapters were made for, add some with `edgelora bank "
             "add`, or exclude fewer.",
         )
+    allow_open_files(len(records))
     signatures = tuple(
         bank.signature(record.name, identity.id) if record.has_signature else None
         for record in records

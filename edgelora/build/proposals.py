@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.build.kernels import open_mixture
 from edgelora.build.pool import Pool
 from edgelora.build.records import Options
 from edgelora.datasets.records import Example
@@ -20,9 +21,8 @@ from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import EdgeLoRAError
 from edgelora.operators import surrogate
-from edgelora.operators.distances import measure
+from edgelora.operators.distances import prepare
 from edgelora.operators.heads import OPERATORS, gibbs, neural
-from edgelora.operators.mixture import mixture
 from edgelora.operators.neural import FILE_NAME, load_heads
 from edgelora.signature import Signature
 from edgelora.summarise import DEFAULT_N_EMBEDDED, summarise_examples
@@ -88,11 +88,12 @@ def find_nearness(
     """
     if not pool.signed:
         return None
+    distances_from = prepare(distance, pool.others, seed=seed)
     with open_cache() as cache:
         target = summarise_examples(
             context, examples, cache=cache, n_embedded=n_embedded, seed=seed, progress=progress
         )
-    distances = pool.spread(pool.signed, measure(distance, target, pool.others, seed=seed))
+    distances = pool.spread(pool.signed, distances_from(target))
     distances[pool.unsigned] = np.inf
     return Nearness(distance, target, distances)
 
@@ -207,7 +208,7 @@ def _named(
             f"{'gibbs' if measured else 'uniform'}.",
         )
     if operator == "mixture":
-        weights = mixture(nearness.target, pool.others)
+        weights = open_mixture(pool.others).match(nearness.target).coefficients
         return [(operator, pool.spread(pool.signed, weights))]
     if operator == "neural":
         return [(operator, _neural(pool, nearness))]

@@ -143,7 +143,7 @@ def _descend(
     n_ranking = 3 * gradients.decoder.count_rows(gradients.objective_examples, gradients.passes)
     n_tokens = gradients.n_descent_tokens - n_ranking
     course = replace(options, n_passes=0)
-    hashes = tuple(record.content_sha256 for record in work.pool.records)
+    hashes = tuple(work.pool.hashes)
     identity = work.model.base.identity.id
     path = state.path(COEFFICIENTS, identity, hashes, gradients.examples, start, course)
     tell = Teller(work, COEFFICIENTS, options.n_passes, n_tokens)

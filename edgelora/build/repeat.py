@@ -20,7 +20,7 @@ from edgelora.adapters.provenance import PROVENANCE_KEY, read_provenance
 from edgelora.adapters.recipe import Coefficient, Recipe, RecordedSource, read_recipe
 from edgelora.bank import Bank
 from edgelora.errors import AlreadyExists, EdgeLoRAError, IncompatibleAdapter, InvalidFile, NotFound
-from edgelora.files import sha256_of
+from edgelora.files import allow_open_files, sha256_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -129,6 +129,7 @@ def find_sources(
     """
     paths = {record.name: record.path for record in bank.records()}
     problems, found = [], []
+    allow_open_files(len(recipe.sources))
     for done, source in enumerate(recipe.sources):
         progress("checking sources", done, len(recipe.sources))
         problem = _source_problem(source, paths)
@@ -174,7 +175,7 @@ def _merge(
     def advance(n_steps: int) -> None:
         nonlocal done
         done += n_steps
-        progress("combining", done, 2 * len(names))
+        progress("combining", done, len(names))
 
     return merge_adapters(
         files,

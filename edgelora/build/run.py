@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
@@ -143,7 +144,7 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
         work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
         ((name, coefficients),) = propose(work.pool, nearness, None, operator)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
-        trial, refined = make_trial(name, coefficients, work.pool.paths, folder), None
+        trial, refined = _make(work, name, coefficients, folder), None
         if steps is not None:
             trial, refined = refine(
                 work, steps.gradients, trial.candidate, nearness, steps.state, folder
@@ -254,11 +255,19 @@ def _try(
     """Fill `trials`: each candidate as a file, at its best scale on the support examples."""
     for done, (name, coefficients) in enumerate(proposals):
         work.listener.progress("trying candidates", done, len(proposals))
-        trials.append(make_trial(name, coefficients, work.pool.paths, folder))
+        trials.append(_make(work, name, coefficients, folder))
         trials[-1] = try_scales(context, trials[-1], shown, work.budget)
     work.listener.progress("trying candidates", len(proposals), len(proposals))
     if work.budget.was_short:
         work.warn("the budget was spent before every candidate's scale could be tried")
+
+
+def _make(work: Work, name: str, coefficients: NDArray[np.float64], folder: Path) -> Trial:
+    pool = work.pool
+    return make_trial(
+        name, coefficients, pool.paths, folder,
+        hashes=pool.hashes, progress=work.listener.progress,
+    )  # fmt: skip
 
 
 def _choose(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.adapters.gguf_lora import open_lora
 from edgelora.adapters.merge import MergeReport, merge_adapters
+from edgelora.build.means import write_sum
 from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import Score, TokenisedExample, count_tokens, mean_loss, score
@@ -74,21 +76,60 @@ class Trial:
         return [WeightedAdapter(self.path, self.candidate.scale)]
 
 
-def make_trial(name: str, coefficients: Array, paths: Sequence[Path], folder: Path) -> Trial:
+def make_trial(
+    name: str,
+    coefficients: Array,
+    paths: Sequence[Path],
+    folder: Path,
+    *,
+    hashes: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Trial:
     """Combine adapters into a file of `folder`; a single adapter is its own file.
 
-    Coefficients below 1 % of the largest are dropped and the others rounded to 4 decimals, so
-    that float noise in what they were computed from does not change a byte of the result.
+    Coefficients below 1 % of the largest are dropped and the others rounded, so that float noise in
+    what they were computed from does not change a byte of the result.
+
+    Args:
+        hashes: of what is in the files, where they are known: then a sum with one coefficient for
+            all comes from the cache, if it is there (see means).
+        progress: (stage, tensors done, tensors in all).
     """
     negligible = np.abs(coefficients) < _NEGLIGIBLE * np.abs(coefficients).max()
-    kept = np.where(negligible, 0.0, coefficients).astype(np.float64).round(4)
+    kept = np.where(negligible, 0.0, coefficients).astype(np.float64).round(_decimals(coefficients))
     used = [int(i) for i in np.flatnonzero(kept)]
     if len(used) == 1:
         scale = float(kept[used[0]])
         return Trial(Candidate(name, kept / scale, scale), paths[used[0]])
     path = folder / f"{name.replace(' ', '-')}.gguf"
-    merge_adapters([paths[i] for i in used], [float(kept[i]) for i in used], path)
+    values, files = [float(kept[i]) for i in used], [paths[i] for i in used]
+    tell = count_tensors(f"combining {len(used)} adapters, tensors", files, progress)
+    known = [hashes[i] for i in used] if hashes else []
+    if len(set(values)) == 1 and all(known) and known:
+        write_sum(files, known, values[0], path, progress=tell)
+    else:
+        merge_adapters(files, values, path, progress=tell)
     return Trial(Candidate(name, kept), path)
+
+
+def count_tensors(
+    stage: str, paths: Sequence[Path], progress: Callable[[str, int, int], None]
+) -> Callable[[int], None]:
+    """What merge_adapters calls after each tensor, as progress of a stage."""
+    total, done = len(open_lora(paths[0]).plan), 0
+
+    def advance(n_tensors: int) -> None:
+        nonlocal done
+        done += n_tensors
+        progress(stage, done, max(done, total))
+
+    return advance
+
+
+def _decimals(coefficients: Array) -> int:
+    """Four, or as many as leave the largest three digits: in a large bank all are small."""
+    largest = float(np.abs(coefficients).max())
+    return max(4, 2 + math.ceil(-math.log10(largest))) if largest > 0 else 4
 
 
 def try_scales(

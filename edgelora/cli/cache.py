@@ -1,4 +1,4 @@
-"""`edgelora cache`: what the cache of embeddings holds, and how to empty it."""
+"""`edgelora cache`: what the cache of embeddings, means and kernels holds, and how to empty it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,37 @@ from edgelora.cli.options import json_option
 
 @click.group()
 def command() -> None:
-    """List or clear the cache of embeddings: vectors of your texts, and no text."""
+    """List or clear the cache: vectors of your texts, and no text; means of banks."""
 
 
 @command.command()
 @json_option
 @console.common_options
 def ls(as_json: bool, **_: Any) -> None:
-    """List what the cache holds for each base."""
+    """List what the cache holds for each base, and what else it keeps of banks."""
+    from edgelora.build.kernels import KERNELS
+    from edgelora.build.means import MEANS
     from edgelora.embedding_cache import DEFAULT_CAP_BYTES, cache_folder, open_cache
 
     with open_cache() as cache:
         entries = cache.entries()
+    shelves = {
+        shelf.name: [file.size_bytes for file in shelf.files()] for shelf in (MEANS, KERNELS)
+    }
     if as_json:
         console.show_json(
             {
                 "folder": str(cache_folder()),
                 "cap_bytes": DEFAULT_CAP_BYTES,
                 "entries": [vars(entry) for entry in entries],
+                **{
+                    shelf.name: {
+                        "n": len(shelves[shelf.name]),
+                        "size_bytes": sum(shelves[shelf.name]),
+                        "cap_bytes": shelf.cap_bytes,
+                    }
+                    for shelf in (MEANS, KERNELS)
+                },
             }
         )
         return
@@ -39,18 +52,36 @@ def ls(as_json: bool, **_: Any) -> None:
     used = sum(entry.size_bytes for entry in entries) / 1e6
     cap = DEFAULT_CAP_BYTES / 1e6
     console.say(console.safe(f"{cache_folder()}: {used:.1f} MB of at most {cap:.0f} MB"))
+    for title, shelf in (("uniform means of adapters", MEANS), ("kernels of banks", KERNELS)):
+        sizes = shelves[shelf.name]
+        console.say(
+            f"{title}: {len(sizes)}, {sum(sizes) / 1e6:.1f} MB of at most "
+            f"{shelf.cap_bytes / 1e6:.0f} MB"
+        )
 
 
 @command.command()
 @json_option
 @console.common_options
 def clear(as_json: bool, **_: Any) -> None:
-    """Delete every embedding and give the space back."""
+    """Delete every embedding and every mean, and give the space back."""
+    from edgelora.build.kernels import KERNELS
+    from edgelora.build.means import MEANS
     from edgelora.embedding_cache import cache_folder, open_cache
 
     with open_cache() as cache:
         n_embeddings = cache.clear()
+    n_means, n_kernels = MEANS.clear(), KERNELS.clear()
     if as_json:
-        console.show_json({"folder": str(cache_folder()), "n_cleared": n_embeddings})
+        console.show_json(
+            {
+                "folder": str(cache_folder()),
+                "n_cleared": n_embeddings,
+                "n_means_cleared": n_means,
+                "n_kernels_cleared": n_kernels,
+            }
+        )
     else:
-        console.show(f"{n_embeddings} embeddings cleared")
+        console.show(
+            f"cleared: {n_embeddings} embeddings, {n_means} means, {n_kernels} kernels of banks"
+        )

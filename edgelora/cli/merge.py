@@ -44,13 +44,15 @@ def command(
     """
     from edgelora.adapters.gguf_lora import open_lora
     from edgelora.adapters.merge import merge_adapters
+    from edgelora.files import allow_open_files
 
     paths, weights = zip(*map(parse_weighted, adapters), strict=True)
     if any(path.resolve() == out.resolve() for path in paths):
         raise click.UsageError(f"{out} is one of the adapters: write to another file.")
+    allow_open_files(len(paths))
     files = [open_lora(path) for path in paths]
     n_tensors = len({name for file in files for name in file.names})
-    with console.progress("combining", 2 * n_tensors) as advance:  # measured, then written
+    with console.progress("combining", n_tensors) as advance:
         report = merge_adapters(
             files, weights, out, method=combine, rank=rank, scale=scale, dtype=dtype, force=force,
             progress=advance,
@@ -110,6 +112,7 @@ def _as_json(
         ],
         "rank": report.max_rank,
         "relative_error": report.error,
+        "excess": report.excess,
         "tensors": [vars(tensor) for tensor in report.tensors],
         "cancelled": list(report.cancelled),
         "size_bytes": report.path.stat().st_size,
@@ -129,6 +132,13 @@ def _show(
     scaled = "" if scale == 1 else f", everything times {scale:g}"
     console.show(
         f"{report.method}{scaled}: {len(report.tensors)} tensors, rank up to {report.max_rank}, "
-        f"relative error {report.error:.4f}"
+        f"relative error {report.error:.4f}{_bound(report)}"
     )
     console.show(f"{report.path} ({report.path.stat().st_size / 1e6:.1f} MB)")
+
+
+def _bound(report: MergeReport) -> str:
+    """How far the error may be from the least possible one, where that is not nothing."""
+    if report.excess < 1e-6:
+        return ""
+    return f" (at most {report.excess:.0e} above the least of that rank)"

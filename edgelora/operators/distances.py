@@ -117,6 +117,7 @@ DISTANCES: dict[str, Distance] = {
     "rbf_mmd": embedding.rbf_mmd,
     "energy": embedding.energy,
 }
+_ON_MOMENTS = {"cosine": embedding.MomentBank.cosine, "bures": embedding.MomentBank.bures}
 TOKEN_DISTANCES = frozenset(name for name in DISTANCES if name.split("_")[0] in _ON_TOKENS)
 
 
@@ -150,6 +151,26 @@ def measure(
             hint="Choose a distance on embeddings, or leave that adapter out.",
         )
     return distance(target, others, seed=seed, completion_weight=completion_weight)
+
+
+def prepare(
+    name: str, others: Sequence[Signature], *, seed: int = 0
+) -> Callable[[Signature], NDArray[np.float64]]:
+    """`measure` for one bank and any number of datasets: what concerns the bank alone is done now.
+
+    That is nearly all of it for the distances on moments, nothing for the others.
+    """
+    if name not in _ON_MOMENTS or not others:
+        return lambda target: measure(name, target, others, seed=seed)
+    distance = _ON_MOMENTS[name]
+    check_comparable(others[0], others)
+    bank = embedding.MomentBank(others)
+
+    def compared(target: Signature) -> NDArray[np.float64]:
+        check_comparable(target, others)
+        return distance(bank, target)
+
+    return compared
 
 
 def check_comparable(target: Signature, others: Sequence[Signature]) -> None:

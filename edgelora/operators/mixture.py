@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.operators.embedding_distances import COMPLETION_WEIGHT, fields_used, rbf
+from edgelora.operators.embedding_distances import COMPLETION_WEIGHT, FIELDS, fields_used, rbf
 from edgelora.operators.whitening import sample_space
-from edgelora.signature import Signature
+from edgelora.signature import Signature, TextDistribution
 
 REGULARISATION = 0.1  # of the spread of the objective's slopes at the uniform mixture
 GAP = 1e-9
@@ -58,22 +58,7 @@ def match(
     Raises:
         ValueError: there is no other signature, or lambda is negative.
     """
-    if not others:
-        raise ValueError("mixture matching needs at least one signature")
-    gram, cross, own = kernel_means(target, others, completion_weight)
-    if regularisation is None:
-        slopes = 2.0 * (gram.mean(axis=1) - cross)
-        regularisation = REGULARISATION * float(slopes.std())
-    coefficients, gap = solve(gram, cross, regularisation)
-    squared = float(coefficients @ gram @ coefficients - 2.0 * cross @ coefficients + own)
-    squares = np.diag(gram) - 2.0 * cross + own
-    return Match(
-        coefficients=coefficients,
-        mmd=math.sqrt(max(squared, 0.0)),
-        mmds=np.sqrt(np.maximum(squares, 0.0)),
-        regularisation=regularisation,
-        gap=gap,
-    )
+    return MixtureBank(others, completion_weight).match(target, regularisation)
 
 
 def mixture(
@@ -128,46 +113,114 @@ def kernel_means(
     target: Signature, others: Sequence[Signature], completion_weight: float
 ) -> tuple[Array, Array, float]:
     """Mean kernels: (k, k) between the others, (k,) target to others, target to itself."""
-    used = fields_used(target, others)
-    shares = {"prompt": 1.0 - completion_weight, "completion": completion_weight}
-    if used == ("prompt",):
-        shares["prompt"] = 1.0
-    k = len(others)
-    gram, cross, own = np.zeros((k, k)), np.zeros(k), 0.0
-    for name in used:
-        fields = [other.fields().get(name) for other in others]
+    return MixtureBank(others, completion_weight).kernel_means(target)
+
+
+class MixtureBank:
+    """The mean kernels between a bank's datasets, made once: k^2 of them, each of m^2 points.
+
+    Args:
+        grams: what `grams` of the same bank was, to be spared their making.
+
+    Raises:
+        ValueError: there is no signature.
+    """
+
+    def __init__(
+        self,
+        others: Sequence[Signature],
+        completion_weight: float = COMPLETION_WEIGHT,
+        *,
+        grams: Mapping[str, Array] | None = None,
+    ) -> None:
+        if not others:
+            raise ValueError("mixture matching needs at least one signature")
+        self._others = others
+        self._weight = completion_weight
+        fields = {name: [other.fields().get(name) for other in others] for name in FIELDS}
+        known = grams or {}
+        self._banks = {
+            name: _Kernels(some, known.get(name)) for name, some in fields.items() if any(some)
+        }
+
+    @property
+    def grams(self) -> dict[str, Array]:
+        """By field, the mean kernels between every two adapters, (k, k)."""
+        return {name: bank.gram for name, bank in self._banks.items()}
+
+    def match(self, target: Signature, regularisation: float | None = None) -> Match:
+        """See `match`."""
+        gram, cross, own = self.kernel_means(target)
+        if regularisation is None:
+            slopes = 2.0 * (gram.mean(axis=1) - cross)
+            regularisation = REGULARISATION * float(slopes.std())
+        coefficients, gap = solve(gram, cross, regularisation)
+        squared = float(coefficients @ gram @ coefficients - 2.0 * cross @ coefficients + own)
+        squares = np.diag(gram) - 2.0 * cross + own
+        return Match(
+            coefficients=coefficients,
+            mmd=math.sqrt(max(squared, 0.0)),
+            mmds=np.sqrt(np.maximum(squares, 0.0)),
+            regularisation=regularisation,
+            gap=gap,
+        )
+
+    def kernel_means(self, target: Signature) -> tuple[Array, Array, float]:
+        """See `kernel_means`."""
+        used = fields_used(target, self._others)
+        shares = {"prompt": 1.0 - self._weight, "completion": self._weight}
+        if used == ("prompt",):
+            shares["prompt"] = 1.0
+        k = len(self._others)
+        gram, cross, own = np.zeros((k, k)), np.zeros(k), 0.0
+        for name in used:
+            bank = self._banks[name]
+            to_bank, to_itself = bank.compare(target.fields()[name])
+            gram += shares[name] * bank.gram
+            cross += shares[name] * to_bank
+            own += shares[name] * to_itself
+        return gram, cross, own
+
+
+class _Kernels:
+    """One text field of a bank: mean kernels between every two adapters, `gram` (k, k).
+
+    Unknown completions are the average of the known ones, as a mixture of datasets itself.
+    """
+
+    def __init__(
+        self, fields: Sequence[TextDistribution | None], gram: Array | None = None
+    ) -> None:
         known = [field for field in fields if field is not None]
-        space = sample_space(known)
-        blocks = [space.points(field) for field in [*known, target.fields()[name]]]
-        means = _block_means(blocks, space.median_squared)
-        # Unknown completions: the average of the known ones, as a mixture of datasets itself.
-        rows = np.zeros((k + 1, len(blocks)))
-        rows[-1, -1] = 1.0
-        position = 0
-        for i, field in enumerate(fields):
-            if field is None:
-                rows[i, :-1] = 1.0 / len(known)
-            else:
-                rows[i, position] = 1.0
-                position += 1
-        full = rows @ means @ rows.T
-        gram += shares[name] * full[:-1, :-1]
-        cross += shares[name] * full[-1, :-1]
-        own += shares[name] * float(full[-1, -1])
-    return gram, cross, own
+        self._space = sample_space(known)
+        blocks = [self._space.points(field) for field in known]
+        self._points = np.concatenate(blocks)
+        self._starts = np.cumsum([0, *(len(block) for block in blocks[:-1])])
+        self._sizes = np.array([len(block) for block in blocks], np.float64)
+        self._shares = np.zeros((len(fields), len(known)))
+        self._shares[[field is not None for field in fields]] = np.eye(len(known))
+        self._shares[[field is None for field in fields]] = 1.0 / len(known)
+        self.gram = self._shares @ self._between() @ self._shares.T if gram is None else gram
 
+    def compare(self, field: TextDistribution) -> tuple[Array, float]:
+        """(k,) to each adapter, and to itself."""
+        points = self._space.points(field)
+        sums = self._sums(points, self._points, self._starts)
+        own = float(rbf(points, points, self._space.median_squared).mean())
+        return self._shares @ (sums / (len(points) * self._sizes)), own
 
-def _block_means(blocks: Sequence[Array], median_squared: float) -> Array:
-    """The mean kernel between every two blocks of points, symmetric."""
-    starts = np.cumsum([0, *(len(block) for block in blocks[:-1])])
-    points = np.concatenate(blocks)
-    sizes = np.array([len(block) for block in blocks], np.float64)
-    means = np.zeros((len(blocks), len(blocks)))
-    for i, block in enumerate(blocks):
-        tail = points[starts[i] :]
-        sums = np.add.reduceat(rbf(block, tail, median_squared).sum(axis=0), starts[i:] - starts[i])
-        means[i, i:] = means[i:, i] = sums / (sizes[i] * sizes[i:])
-    return means
+    def _between(self) -> Array:
+        means = np.zeros((len(self._sizes), len(self._sizes)))
+        ends = np.append(self._starts[1:], len(self._points))
+        for i, (start, end) in enumerate(zip(self._starts, ends, strict=True)):
+            tail, starts = self._points[start:], self._starts[i:] - start
+            sums = self._sums(self._points[start:end], tail, starts)
+            means[i, i:] = means[i:, i] = sums / (self._sizes[i] * self._sizes[i:])
+        return means
+
+    def _sums(self, block: Array, points: Array, starts: NDArray[np.int64]) -> Array:
+        kernel = rbf(block, points, self._space.median_squared)
+        return np.asarray(np.add.reduceat(kernel.sum(axis=0), starts))
 
 
 def _gap(weights: Array, slopes: Array, full: Array, regularisation: float) -> float:
