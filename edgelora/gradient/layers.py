@@ -114,7 +114,7 @@ def _is_product_cheaper(t: int, lora_a: Array, lora_b: Array) -> bool:
     Many adapters at once can have a higher rank than the matrix itself.
     """
     (r, n_in), n_out = lora_a.shape, len(lora_b)
-    return (r + t) * n_in * n_out < t * r * (n_in + n_out)
+    return bool((r + t) * n_in * n_out < t * r * (n_in + n_out))
 
 
 def low_rank_factors(
