@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import adapter_results as adapters
+import adapter_benchmark.results as adapters
 import benchmark_scale as scale
 import gradient_quality.report as gradients
 import suggest_benchmark.report as suggestions

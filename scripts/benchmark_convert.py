@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from adapter_results import RESULTS, append
+from adapter_benchmark.results import RESULTS, append
 from make_shape import SHAPES, Shape, write_base, write_peft
 from measure_memory import watch
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from adapter_results import RESULTS, append
+from adapter_benchmark.results import RESULTS, append
 from make_shape import SHAPES, write_gguf_lora
 from measure_memory import anonymous
 

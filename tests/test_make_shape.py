@@ -9,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import adapter_results
 import numpy as np
 import pytest
+from adapter_benchmark import results as adapter_results
 from llama_logits import logits
 
 from edgelora.adapters.base import read_base

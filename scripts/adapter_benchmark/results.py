@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "adapters.jsonl"
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "adapters.jsonl"
 Row = dict[str, Any]
 
 

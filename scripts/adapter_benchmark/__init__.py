@@ -1,0 +1,1 @@
+"""The parts that the benchmarks of conversion and merging share."""
