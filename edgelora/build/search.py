@@ -1,0 +1,61 @@
+"""What a search by forward passes works with, and how it lets go of the files that it tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.build.crossing import owners_of
+from edgelora.build.pool import Pool
+from edgelora.build.proposals import Measured, Nearness
+from edgelora.build.trials import Budget
+from edgelora.engine.context import Context
+from edgelora.engine.model import Model
+from edgelora.engine.score import TokenisedExample
+
+N_LINEARISATIONS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What a search by forward passes works with.
+
+    Attributes:
+        examples: that it learns from, the shortest first.
+        nearness: None without signatures.  measured: None if no adapter was measured alone.
+        folder: for the files of trials.
+        n_linearisations: of the surrogate, at most; the one at the base is among them.
+        folds: (n,) the fold of each example, where candidates are cross-validated.
+        progress: (stage, steps done, steps in all).
+    """
+
+    model: Model
+    pool: Pool
+    examples: Sequence[TokenisedExample]
+    nearness: Nearness | None
+    measured: Measured | None
+    folder: Path
+    budget: Budget
+    n_linearisations: int = N_LINEARISATIONS
+    seed: int = 0
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    folds: NDArray[np.int64] | None = None
+
+    @property
+    def left_out(self) -> list[NDArray[np.bool_]]:
+        """The completion tokens (t,) of each fold; [] without folds."""
+        if self.folds is None:
+            return []
+        of_token = self.folds[owners_of(self.examples)]
+        return [of_token == fold for fold in np.unique(self.folds)]
+
+
+def release(context: Context, *paths: Path) -> None:
+    """Let go of files: what is loaded takes memory, and cannot be deleted everywhere."""
+    context.apply([])
+    for path in paths:
+        context.model.unload(path)
