@@ -83,11 +83,14 @@ def cross_score(
     folds = assign_folds(examples)
     scores: dict[int, Score] = {}
     for fold, weights in zip(np.unique(folds), trial.folds, strict=True):
-        is_same = np.allclose(weights, trial.weights, atol=1e-4)
-        other = trial if is_same else make_trial(f"fold {fold}", weights, paths, folder)
+        other: Trial | None = trial
+        if not weights.any():
+            other = None  # nothing is added to the base
+        elif not np.allclose(weights, trial.weights, atol=1e-4):
+            other = make_trial(f"fold {fold}", weights, paths, folder)
         found = score_trial(context, other, part_of(examples, folds == fold))
         scores.update(zip(np.flatnonzero(folds == fold).tolist(), found, strict=True))
-        if other is not trial:
+        if other is not None and other is not trial:
             release(context, other.path)
             if other.path.parent == folder:
                 other.path.unlink()

@@ -113,6 +113,7 @@ def halving(search: Search, trials: Sequence[Trial]) -> Trial:
             return nll, passes.n_tokens[start:end]
 
         means = searches.successive_halving(measure, len(field), len(examples))
+        search.progress("halving the field, examples", len(examples), len(examples))
         if not np.isfinite(means).any():
             raise EdgeLoRAError(
                 f"a budget of {search.budget.n_tokens:,} tokens is too small: no adapter could be "
@@ -184,18 +185,19 @@ def _beside(
     start = np.array([best.candidate.scale, *np.zeros(len(others))])
     with open_context(search.model) as context:
         passes = Passes(context, files, search.examples, search.budget)
-        n_done = 0
+        n_done, stage = 0, f"{name} search, passes"
 
         def loss(point: Array) -> float:
             nonlocal n_done
             n_done += 1
-            search.progress(f"{name} search, passes", n_done, 0)
+            search.progress(stage, n_done, searches.MAX_MEASURED)
             return passes.loss(point)
 
         try:
             found = run(loss, start)
         except searches.Spent:
             found = searches.Found(start, best.loss, 0)
+        search.progress(stage, searches.MAX_MEASURED, searches.MAX_MEASURED)
         release(context, *files)
         coefficients = best.candidate.coefficients * found.point[0]
         coefficients = coefficients + pool.spread(others, found.point[1:])

@@ -22,6 +22,7 @@ from edgelora.build.proposals import (
     shortlist,
 )
 from edgelora.build.records import Plan
+from edgelora.build.search import count_search_passes
 from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import Parts, Work
 from edgelora.datasets.records import Example
@@ -194,7 +195,8 @@ def _counting(work: Work, n_texts: int) -> Callable[[int], None]:
 def _plan(
     work: Work, split: Split, n_measured: int, shown: Sequence[TokenisedExample], speed: float
 ) -> Plan:
-    n_tries = count_candidates(work.options, bool(work.pool.signed)) * TRIES_A_CANDIDATE
+    n_passes = count_candidates(work.options, bool(work.pool.signed)) * TRIES_A_CANDIDATE
+    n_passes += count_search_passes(work.options, len(work.pool.records))
     return Plan(
         n_support=len(split.support),
         n_selection=len(split.selection),
@@ -202,7 +204,7 @@ def _plan(
         n_adapters=len(work.pool.records),
         n_measured=n_measured,
         n_shown=len(shown),
-        n_tokens=work.budget.n_used + min(n_tries * count_tokens(shown), work.budget.left),
+        n_tokens=work.budget.n_used + min(n_passes * count_tokens(shown), work.budget.left),
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=speed,
         gradient=work.gradient,

@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from edgelora.build.crossing import owners_of
 from edgelora.build.pool import Pool
-from edgelora.build.proposals import Measured, Nearness
+from edgelora.build.proposals import Measured, Nearness, needs_losses
+from edgelora.build.records import Options
 from edgelora.build.trials import Budget
 from edgelora.engine.context import Context
 from edgelora.engine.model import Model
 from edgelora.engine.score import TokenisedExample
+from edgelora.operators.searches import MAX_MEASURED
 
 N_LINEARISATIONS = 3
 
@@ -52,6 +54,15 @@ class Search:
             return []
         of_token = self.folds[owners_of(self.examples)]
         return [of_token == fold for fold in np.unique(self.folds)]
+
+
+def count_search_passes(options: Options, n_adapters: int) -> int:
+    """Passes over the examples that a search takes beside its candidates', at most."""
+    if options.operator in ("coordinate", "cma"):
+        return MAX_MEASURED
+    if options.operator == "relinearised" or (options.operator == "auto" and needs_losses(options)):
+        return (N_LINEARISATIONS - 1) * (1 + n_adapters)
+    return n_adapters if options.operator == "halving" else 0
 
 
 def release(context: Context, *paths: Path) -> None:

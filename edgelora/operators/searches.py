@@ -16,6 +16,7 @@ from edgelora.operators.arbiter import paired_difference
 
 Array = NDArray[np.float64]
 Loss = Callable[[Array], float]
+MAX_MEASURED = 80
 N_FIRST = 4  # examples of the first rung of a halving
 MAX_VARIABLES = 8  # CMA-ES learns a covariance of so many with the few passes there are
 
@@ -87,7 +88,12 @@ def successive_halving(
 
 
 def along_axes(
-    loss: Loss, start: Array, *, step: float = 0.4, least_step: float = 0.1, max_measured: int = 80
+    loss: Loss,
+    start: Array,
+    *,
+    step: float = 0.4,
+    least_step: float = 0.1,
+    max_measured: int = MAX_MEASURED,
 ) -> Found:
     """Coordinate search: a step either way along each axis in turn, halved when none helps.
 
@@ -121,7 +127,7 @@ def along_axes(
 
 
 def cma_es(
-    loss: Loss, start: Array, *, sigma: float = 0.2, max_measured: int = 80, seed: int = 0
+    loss: Loss, start: Array, *, sigma: float = 0.2, max_measured: int = MAX_MEASURED, seed: int = 0
 ) -> Found:
     """CMA-ES (Hansen and Ostermeier, 2001; the `cma` package) from a start.
 
