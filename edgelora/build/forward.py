@@ -100,8 +100,8 @@ def halving(search: Search, trials: Sequence[Trial]) -> Trial:
     first = count_tokens(examples[: searches.N_FIRST])
     n_arms = int(_SHARE_FOR_FIRST_RUNG * search.budget.left) // max(1, first)
     k = len(pool.records)
-    order = np.argsort(search.nearness.distances, kind="stable") if search.nearness else range(k)
-    field = [int(i) for i in order][: max(1, n_arms)]
+    distances = search.nearness.distances if search.nearness else np.zeros(k)
+    field = np.argsort(distances, kind="stable")[: max(1, n_arms)].tolist()
     with open_context(search.model) as context:
 
         def measure(arm: int, start: int, end: int) -> tuple[Array, Array]:

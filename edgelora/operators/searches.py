@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -170,7 +171,7 @@ def is_hopeless(nll: Array, best: Array, n_tokens: Array, *, n_errors: float = 2
     return difference > n_errors * error
 
 
-def _strategy(start: Array, sigma: float, seed: int):  # type: ignore[no-untyped-def]
+def _strategy(start: Array, sigma: float, seed: int) -> Any:
     """A CMA-ES that draws from a generator of its own: the package's default reseeds numpy's."""
     import cma
 

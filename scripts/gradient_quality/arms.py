@@ -17,7 +17,7 @@ from edgelora.adapters.gguf_lora import PairPlan, open_lora, write_lora
 from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.merge import merge_adapters
 from edgelora.build.forward import begin_search, find_trials
-from edgelora.build.proposals import OPERATOR_NAMES
+from edgelora.build.proposals import NONE, OPERATOR_NAMES
 from edgelora.build.trials import Budget, Trial, least_loss, make_trial, try_scales
 from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
@@ -342,7 +342,7 @@ _TAKES = {
 _WORDS = {
     "start": ("mean", "forward"),
     "ranked_at": ("base", "mean"),
-    "operator": ("auto", *OPERATOR_NAMES),
+    "operator": tuple(name for name in OPERATOR_NAMES if name != NONE),
 }
 DEFAULT_ARMS = [
     *_PLAIN,
