@@ -43,6 +43,7 @@ def match(
     others: Sequence[Signature],
     *,
     regularisation: float | None = None,
+    strength: float = REGULARISATION,
     completion_weight: float = COMPLETION_WEIGHT,
 ) -> Match:
     """Coefficients that minimise MMD^2(P_target, sum w_i P_i) + lambda sum w log w on the simplex.
@@ -52,8 +53,8 @@ def match(
     ones. Convex, since V-statistics keep the Gram matrix positive semidefinite.
 
     Args:
-        regularisation: lambda; by default a tenth of the spread of the slopes at the uniform
-            mixture, so that it needs no unit.
+        regularisation: lambda; by default `strength` (a tenth) of the spread of the slopes at the
+            uniform mixture, so that it needs no unit.
 
     Raises:
         ValueError: there is no other signature, or lambda is negative.
@@ -63,7 +64,7 @@ def match(
     gram, cross, own = kernel_means(target, others, completion_weight)
     if regularisation is None:
         slopes = 2.0 * (gram.mean(axis=1) - cross)
-        regularisation = REGULARISATION * float(slopes.std())
+        regularisation = strength * float(slopes.std())
     coefficients, gap = solve(gram, cross, regularisation)
     squared = float(coefficients @ gram @ coefficients - 2.0 * cross @ coefficients + own)
     squares = np.diag(gram) - 2.0 * cross + own
@@ -81,11 +82,17 @@ def mixture(
     others: Sequence[Signature],
     *,
     temperature: float | None = None,
+    strength: float = REGULARISATION,
     completion_weight: float = COMPLETION_WEIGHT,
 ) -> Array:
     """The coefficients of `match` alone, (k,) float64; `temperature` is its lambda."""
-    found = match(target, others, regularisation=temperature, completion_weight=completion_weight)
-    return found.coefficients
+    return match(
+        target,
+        others,
+        regularisation=temperature,
+        strength=strength,
+        completion_weight=completion_weight,
+    ).coefficients
 
 
 def solve(gram: Array, cross: Array, regularisation: float) -> tuple[Array, float]:
