@@ -28,12 +28,16 @@ import argparse
 import random
 import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from benchmark_gradient_quality import base_of
 from gradient_quality.bed import Bed, make_bank, make_case, open_bed
 from operators_benchmark.heads import train_heads
+from operators_benchmark.lorahub import find_nevergrad
 from operators_benchmark.measuring import Wanted, measure_case
+from operators_benchmark.paper import DISTANCES, fold_head
 from operators_benchmark.registry import GROUPS, LABELS, Arm, expand
 from operators_benchmark.results import Key, key_of, read_results
 
@@ -110,6 +114,7 @@ def measure(options: argparse.Namespace) -> int:
     """Whole tasks one after another: all seeds and numbers of labels of each."""
     done = read_results(options.results)
     with open_bed_of(options) as bed:
+        refuse_unready(bed, options.arms)
         tasks = drawn(bed, options)
         cases = [(t, s, n) for t in tasks for s in options.seeds for n in options.labels]
         for number, (task, seed, n_labels) in enumerate(cases, 1):
@@ -137,6 +142,17 @@ def measure_one(
         print(f"  {row['arm']}: {row['loss']} {row['exact']}  {row['tokens']} tokens, "
               f"{row['cpu_s']} s of CPU", file=sys.stderr, flush=True)  # fmt: skip
     shutil.rmtree(folder)
+
+
+def refuse_unready(bed: Bed, arms: Sequence[Arm]) -> None:
+    """Raise EdgeLoRAError for arms that lack a package or heads, before hours of work."""
+    names = [arm.name for arm in arms]
+    if any(name.startswith("lorahub") for name in names):
+        find_nevergrad()
+    for distance in DISTANCES:
+        if any(name.startswith(f"paper-{distance}-neural") for name in names):
+            for task in bed.tasks:
+                fold_head(work_folder(bed.name) / "heads", bed, task, distance)
 
 
 def can_measure(arm: Arm, n_labels: int) -> bool:
@@ -177,7 +193,7 @@ def write_report(options: argparse.Namespace) -> int:
     return 0
 
 
-def open_bed_of(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def open_bed_of(options: argparse.Namespace) -> AbstractContextManager[Bed]:
     """The bed that the options name."""
     base, bank = base_of(options), options.bank
     if options.peft:

@@ -37,6 +37,7 @@ from operators_benchmark.costs import Meter
 
 Array = NDArray[np.float64]
 UNLIMITED = 10**12
+UNCUT = 1 << 20  # no tensor has a rank as large: nothing is lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,8 +182,8 @@ class Bench:
             return Made([], {}, coefficients)
         path = self.new_folder() / "combined.gguf"
         settings: dict[str, Any] = {"method": "linear"}
-        if combine != "linear":  # no tensor has a rank as large: nothing is cut
-            settings = {"method": "svd", "rank": 1 << 20 if combine == "exact" else rank}
+        if combine != "linear":
+            settings = {"method": "svd", "rank": UNCUT if combine == "exact" else rank}
         files = [self.case.adapters[i] for i in used]
         report = merge_adapters(files, [float(coefficients[i]) for i in used], path, **settings)
         facts = {"rank": report.max_rank, "merge_error": round(report.error, 4)}

@@ -20,7 +20,7 @@ from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.operators.heads import nearest
 from edgelora.operators.mixture import mixture
 from edgelora.operators.surrogate import token_losses
-from operators_benchmark.bench import Bench, Made
+from operators_benchmark.bench import UNCUT, Bench, Made
 
 
 def make_base(bench: Bench) -> Made:
@@ -84,7 +84,7 @@ def make_ceiling(
     wider = make_case(case.bed, case.task, n_labels=n, n_test=1, seed=case.seed, split=case.split)
     made = gradient_arms.make_gradient(
         bench.for_gradients("ceiling", wider), weights=weights, n_passes=n_passes, n_folds=0,
-        rank="cat",
+        rank=UNCUT,
     )  # fmt: skip
     bench.meter.spend(made.n_tokens)
     return Made(made.adapters, made.facts)

@@ -54,7 +54,7 @@ def minimise(
     Args:
         loss: nats a token of coefficients (k,).
     """
-    nevergrad = _nevergrad()
+    nevergrad = find_nevergrad()
     variables = nevergrad.p.Array(init=[0.0] * k, lower=[-BOUND] * k, upper=[BOUND] * k)
     variables.random_state = np.random.RandomState(seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=variables, budget=n_steps)
@@ -98,7 +98,12 @@ def _exact(bench: Bench, files: Sequence[LoraFile]) -> Callable[[Array], float]:
     return loss
 
 
-def _nevergrad() -> Any:
+def find_nevergrad() -> Any:
+    """The package.
+
+    Raises:
+        EdgeLoRAError: it is not installed.
+    """
     try:
         import nevergrad
     except ImportError as error:

@@ -112,8 +112,8 @@ def _differences(found: Sequence[Table]) -> str:
     for table in _headlines(found):
         pairs = [(DEFAULT, rival) for rival in _rivals(table)]
         best = best_of(table, filter(forward_only, table.arms))
-        if best is not None:
-            pairs += [(best, rival) for rival in _rivals(table) if rival != best]
+        if best not in (None, DEFAULT):
+            pairs += [(best, rival) for rival in [DEFAULT, *_rivals(table)]]
         lines = [_pair_line(table, *p) for p in pairs if all(table.of(arm) for arm in p)]
         if lines:
             head = ["arm", "beside", "recovered loss", "exact match", "ROUGE-L"]
