@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from edgelora.cli.options import json_option, model_options, open_engine, show_t
 if TYPE_CHECKING:
     from edgelora.leave_one_out.lines import Row
     from edgelora.leave_one_out.run import Settings
+    from edgelora.leave_one_out.shares import Recovered
     from edgelora.leave_one_out.summary import ArmSummary
 
 
@@ -132,9 +134,17 @@ def _cells(arm: ArmSummary) -> tuple[str, ...]:
         str(arm.n_tasks),
         f"{arm.loss:.4f}",
         *("" if x is None else f"{x:.3f}" for x in (arm.exact_match, arm.rouge_l)),
-        f"{share.ratio:.3f} [{share.low:.3f}, {share.high:.3f}]",
-        f"{share.median:.3f}",
+        _interval(share),
+        f"{share.median:.3f}" if share.n_tasks else "",
         f"{share.below:.2f}",
         f"{share.worst:+.3f}",
         f"{arm.n_tokens:,.0f}",
     )
+
+
+def _interval(share: Recovered) -> str:
+    """Nothing where nothing could be recovered; without bounds where one source says nothing."""
+    if not share.n_tasks:
+        return ""
+    bounds = f" [{share.low:.3f}, {share.high:.3f}]" if math.isfinite(share.low) else ""
+    return f"{share.ratio:.3f}{bounds}"

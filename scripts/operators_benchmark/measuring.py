@@ -57,14 +57,16 @@ def measure_case(
 ) -> Iterator[Row]:
     """A line for each arm that `done` lacks, as it is finished; `done` is not changed.
 
+    A line without answers is measured again where they are wanted.
+
     Args:
         arms: base and own first, as registry.expand has them.
         folder: of this case only; kept, it lets a descent go on where it was stopped.
     """
-    base = done.get(_key(arms[0], case, n_labels))
-    missing = [arm for arm in arms if _key(arm, case, n_labels) not in done]
+    missing = [arm for arm in arms if not _has_all(done.get(_key(arm, case, n_labels)), wanted)]
     if not missing:
         return
+    base = None if arms[0] in missing else done[_key(arms[0], case, n_labels)]
     with open_context(case.bed.model, n_ctx=context_size(case.test_texts)) as context:
         bench = Bench(case, n_labels, context, folder, heads, wanted.n_prompt)
         for arm in missing:
@@ -73,6 +75,12 @@ def measure_case(
                 shutil.rmtree(path, ignore_errors=True)
             base = base or row
             yield row
+
+
+def _has_all(row: Row | None, wanted: Wanted) -> bool:
+    if row is None or (wanted.paper and "paper" not in row):
+        return False
+    return not wanted.answers or row["exact"] is not None
 
 
 def _measure(bench: Bench, arm: Arm, base: Row | None, wanted: Wanted) -> Row:

@@ -124,7 +124,10 @@ def parse_arm(name: str) -> Arm:
     head, *words = name.split()
     entry = ENTRIES.get(head)
     if entry is None:
-        gradient_arms.parse_arm(name)
+        try:
+            gradient_arms.parse_arm(name)
+        except ValueError as error:
+            raise ValueError(f"{error}; and here {', '.join(ENTRIES)}") from None
         make = partial(ours.make_by_gradients, name=name)
         return Arm(name, make, LABELS, has_bank=not head.startswith("few"))
     settings = _settings(words)
