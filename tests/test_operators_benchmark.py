@@ -260,6 +260,21 @@ def test_splits_hide_more_and_more(bed: beds_module.Bed) -> None:
                     "category": ["task0"]}  # fmt: skip
 
 
+def test_cosines_of_factors_by_hand(bench: Bench) -> None:
+    """An adapter with itself has cosine 1; of two, by the flattened factors."""
+    one, other = bench.case.adapters[:2]
+    assert controls.factor_cosines([one, one]) == {"cosine_a": 1.0, "cosine_b": 1.0}
+    found = controls.factor_cosines([one, other])
+    for key in "ab":
+        x, y = (
+            np.concatenate([np.ravel(getattr(f.pair(n), f"lora_{key}")) for n in f.names])
+            for f in (one, other)
+        )
+        x, y = x.astype(float), y.astype(float)
+        cosine = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+        assert found[f"cosine_{key}"] == pytest.approx(cosine, abs=1e-3)
+
+
 # LoraHub.
 
 
@@ -417,6 +432,8 @@ def test_every_section_has_its_place_and_its_words() -> None:
         line("a", "mean", 3.0), line("a", "mean", 3.5, labels=4),
         line("b", "op-kl", 1.0, paper={"exact": 0.5, "subsequence": 0.5, "rouge_l": 0.25,
              "rouge_lsum": 0.25, "mse_factors": None, "mse_updates": 2e-5}),
+        line("a", "uniform combine=linear", 4.0, labels=None, rank=4, merge_error=0.5,
+             cosine_a=0.1, cosine_b=0.2),
         line("c", "few-10", 1.4, exact=0.5, rouge_l=0.5, rouge_vs_base=[-0.1, -0.05, -0.01]),
     ]  # fmt: skip
     told = report.sections(keyed(LINES + extra))
@@ -425,6 +442,10 @@ def test_every_section_has_its_place_and_its_words() -> None:
     assert "hidden source" in told["operators-splits"] and "hidden task" in told["operators-splits"]
     assert "labels 4 | labels 16" in told["operators-labels"]
     assert "| op-kl | 0.500 | 0.500 | 0.250 | 0.250 |  | 2.00e-05 |" in told["operators-paper"]
+    assert (
+        "| b | uniform combine=linear | 1 | 0.250 | 4 | 0.5 | 0.1 | 0.2 |"
+        in (told["operators-merges"])
+    )
     few = [row for row in told["operators-arms"].splitlines() if row.startswith("| few-10")]
     assert few and few[0].endswith("| 0.500 | 0.500 | 1 | 100 | 1.0 |")
     nothing = report.sections({})

@@ -10,6 +10,7 @@ import numpy as np
 from gradient_quality import arms as gradient_arms
 from gradient_quality.bed import make_case
 
+from edgelora.adapters.gguf_lora import LoraFile
 from edgelora.build import proposals
 from edgelora.datasets.records import Example, Message
 from edgelora.engine.context import open_context
@@ -35,7 +36,28 @@ def make_own(bench: Bench) -> Made:
 
 def make_uniform(bench: Bench, *, combine: str = "exact", rank: int | str = "auto") -> Made:
     """The uniform mean as it is; nothing is asked of the dataset."""
-    return bench.combined(np.full(bench.k, 1 / bench.k), combine=combine, rank=rank)
+    made = bench.combined(np.full(bench.k, 1 / bench.k), combine=combine, rank=rank)
+    if combine != "linear":
+        return made
+    return replace(made, facts=made.facts | factor_cosines(bench.case.adapters))
+
+
+def factor_cosines(files: Sequence[LoraFile]) -> dict[str, float]:
+    """How alike the adapters' factors are: mean cosines of all A, and of all B, over pairs.
+
+    Averaged factors are the exact mean of the updates where all A, or all B, are the same.
+    """
+    found = {}
+    for key in ("lora_a", "lora_b"):
+        gram = np.zeros((len(files), len(files)))
+        for name in files[0].names:
+            factors = (np.asarray(getattr(file.pair(name), key), np.float32) for file in files)
+            flat = np.stack([factor.ravel() for factor in factors])
+            gram += flat @ flat.T
+        lengths = np.sqrt(np.diag(gram))
+        cosines = gram / np.outer(lengths, lengths)
+        found[f"cosine_{key[-1]}"] = round(float(cosines[np.triu_indices(len(files), 1)].mean()), 4)
+    return found
 
 
 def make_mean(bench: Bench) -> Made:

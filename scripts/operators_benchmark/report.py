@@ -202,6 +202,22 @@ def _crossing(table: Table, arm: str) -> str:
     return f"{told}, median {_number(share.median, '{:.2f}')} ({share.n_tasks})"
 
 
+def _merges(found: Sequence[Table]) -> str:
+    """The uniform mean averaged, summed and cut, and how alike the adapters' factors are."""
+    head = ["bed", "arm", "tasks", "recovered loss", "rank", "merge error", "cosine of A", "of B"]
+    lines = []
+    for table in _headlines(found):
+        merges = [arm for arm in table.arms if arm.startswith("uniform ")]
+        for arm in ["uniform", *merges] if merges else []:
+            if table.of(arm):
+                share = table.recovered(arm)
+                keys = ("rank", "merge_error", "cosine_a", "cosine_b")
+                numbers = [_number(table.mean(arm, key), "{:.3g}") for key in keys]
+                told = _interval((share.low, share.ratio, share.high))
+                lines.append([table.bed, arm, str(share.n_tasks), told, *numbers])
+    return _markdown(head, lines, 2) if lines else ""
+
+
 def _paper(found: Sequence[Table]) -> str:
     """The paper's own measures, of the arms that have them."""
     keys = ("exact", "subsequence", "rouge_l", "rouge_lsum", "mse_factors", "mse_updates")
@@ -238,6 +254,7 @@ _SECTIONS: dict[str, Callable[[Sequence[Table]], str]] = {
     "categories": _categories,
     "splits": _splits,
     "labels": _labels,
+    "merges": _merges,
     "paper": _paper,
 }
 
