@@ -492,7 +492,8 @@ def test_report_fills_the_page_and_draws(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_items_are_kept_once(folder: Path, tmp_path: Path) -> None:
     """The base's line has its items; the others their paired interval."""
-    rows = run(folder, tmp_path / "r.jsonl", "--tasks", "task3", "--labels", "4", "--arms", "mean")
+    words = ["--tasks", "task3", "--labels", "4", "--arms", "mean"]
+    rows = run(folder, tmp_path / "r.jsonl", *words)
     base, own, mean = rows
     assert len(base["items"]["nll"]) == 5 and "items" not in own
     total = np.array(base["items"]["nll"]).sum() / np.sum(base["items"]["n_tokens"])
@@ -500,3 +501,9 @@ def test_items_are_kept_once(folder: Path, tmp_path: Path) -> None:
     low, mid, high = mean["loss_vs_base"]
     assert mid == pytest.approx(mean["loss"] - base["loss"], abs=1e-3) and low <= mid <= high
     assert measuring._interval([1.0, 3.0], [1.0, 1.0])[1] == 2.0
+    # Wanted later, answers are made then; the later lines count.
+    again = run(folder, tmp_path / "r.jsonl", *words, "--answers")
+    assert again[:3] == rows and [row["arm"] for row in again[3:]] == ["base", "own", "mean"]
+    assert len(again[3]["items"]["rouge_l"]) == 5 and "rouge_vs_base" in again[5]
+    kept = results.read_results(tmp_path / "r.jsonl").values()
+    assert [row["exact"] for row in kept] == [row["exact"] for row in again[3:]]
