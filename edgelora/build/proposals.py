@@ -90,7 +90,13 @@ def find_nearness(
         return None
     with open_cache() as cache:
         target = summarise_examples(
-            context, examples, cache=cache, n_embedded=n_embedded, seed=seed, progress=progress
+            context,
+            examples,
+            cache=cache,
+            n_embedded=n_embedded,
+            n_layers=pool.n_layers,
+            seed=seed,
+            progress=progress,
         )
     distances = pool.spread(pool.signed, measure(distance, target, pool.others, seed=seed))
     distances[pool.unsigned] = np.inf

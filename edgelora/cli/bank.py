@@ -14,6 +14,7 @@ from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome,
 from edgelora.bank.requests import make_requests
 from edgelora.bank.store import with_template
 from edgelora.cli import console
+from edgelora.cli.options import to_layers
 from edgelora.cli.signatures import signatures
 
 TYPES = ("f16", "f32", "bf16", "q8_0")
@@ -48,6 +49,13 @@ command.add_command(signatures)
 @click.option("--source", help="Where its data comes from.")
 @click.option("--type", "dtype", type=click.Choice(TYPES), default="f16", help="Of the tensors.")
 @click.option("--name", help="Its name in the bank (default: the folder's).")
+@click.option(
+    "--layers",
+    "n_layers",
+    metavar="N|all",
+    callback=to_layers,
+    help="Layers of the base that embed the data (default: as the bank's signatures).",
+)
 @json_option
 @console.common_options
 def add(
@@ -86,12 +94,13 @@ def _add(
     prompt_key: str | None,
     completion_key: str | None,
     dtype: str,
+    n_layers: int | None,
     threads: int,
     seed: int,
     **facts: str | None,
 ) -> list[Outcome]:
     from edgelora.adapters.base import read_base
-    from edgelora.bank.embedding import open_embedder
+    from edgelora.bank.embedding import layers_for, open_embedder
     from edgelora.bases import resolve
     from edgelora.datasets.read import read_dataset
 
@@ -105,6 +114,7 @@ def _add(
     with (
         open_embedder(
             base.path,
+            n_layers=layers_for(bank, base, n_layers),
             n_threads=threads,
             seed=seed,
             warn=lambda text: console.warn(console.safe(text)),

@@ -199,7 +199,7 @@ def _pull(
 ) -> Pulled:
     from edgelora.adapters.base import read_base
     from edgelora.bank import open_bank
-    from edgelora.bank.embedding import open_embedder
+    from edgelora.bank.embedding import layers_for, open_embedder
     from edgelora.bases import resolve
     from edgelora.datasets.read import read_dataset
     from edgelora.pull.adapters import Listener, pull_adapters
@@ -210,7 +210,12 @@ def _pull(
     with console.transfers() as transfer:
         shown = _Shown(len(wanted), transfer)
         with open_embedder(
-            header.path, n_threads=threads, seed=seed, warn=_warn, progress=shown.embedded
+            header.path,
+            n_layers=layers_for(opened, header),
+            n_threads=threads,
+            seed=seed,
+            warn=_warn,
+            progress=shown.embedded,
         ) as embed:
             return pull_adapters(
                 opened,
