@@ -195,6 +195,7 @@ def test_an_error_in_the_callback_is_raised_and_leaves_the_context_usable(
     real = capture.native.ggml_base()
     with open_context(model, hidden=True, exact=True) as context:
         expected = context.hidden(rows_of(TEXT), 2)
+        context.clear()
         with monkeypatch.context() as patch:
             patch.setattr(capture.native, "ggml_base", Failing)
             with pytest.raises(MemoryError, match="no memory left"):
@@ -318,7 +319,7 @@ def test_shared_signatures_carry_their_layers(world: tuple[Path, Bank], tmp_path
 
 def test_layers_on_the_command_line(world: tuple[Path, Bank], tmp_path: Path) -> None:
     base, bank = world
-    data = builds.write_lines(tmp_path / "mine.jsonl", ["is it a hat?"] * 3, ["yes"] * 3)
+    data = builds.write_lines(tmp_path / "mine.jsonl", ["is it a hat?", "a cat?"])
     folder = pico.write_peft(tmp_path / "mine", seed=9, dims=replace(pico.Dims(), n_layer=N_LAYER))
     add = ("bank", "add", folder, "--base", base, "--data", data, "--threads", 1)
     new = tmp_path / "new"
@@ -327,8 +328,10 @@ def test_layers_on_the_command_line(world: tuple[Path, Bank], tmp_path: Path) ->
     refused = run(*add, "--bank", new, "--layers", "all")
     assert refused.exit_code == 1 and "come from 2 layers" in refused.stderr
     assert run(*add, "--bank", new, "--layers", "0").exit_code == 2
-    built = run("build", "--base", base, "--bank", bank.path, "--data", data, "--refine", "none",
-                "--operator", "mixture", "--force", "-o", tmp_path / "o.gguf", "--threads", 1)  # fmt: skip
+    built = run(
+        "build", "--base", base, "--bank", bank.path, "--data", data, "--refine", "none",
+        "--operator", "mixture", "--force", "-o", tmp_path / "o.gguf", "--threads", 1,
+    )  # fmt: skip
     assert built.exit_code == 0, built.output
     (beside,) = tmp_path.glob("o.*.signature.safetensors")
     assert from_bytes(beside.read_bytes()).n_layers == 1

@@ -126,11 +126,12 @@ def export_signatures(
         tensors[_tensor(number)] = np.frombuffer(to_bytes(signature), np.uint8)
         layers.add(signature.n_layers)
         progress(1)
+    n_layers = _only(bank, layers)
     facts = {
         "version": FORMAT_VERSION,
         "base": {part: getattr(identity, part) for part in _PARTS},
-        "n_layers": _only(bank, layers),
-        "embedding": embedding_name(min(layers)),
+        "n_layers": n_layers,
+        "embedding": embedding_name(n_layers),
         "adapters": [[record.name, record.source_sha256] for record in signed],
     }
     _refuse_unreadable(bank, facts, set(tensors))

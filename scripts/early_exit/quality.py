@@ -71,8 +71,10 @@ def measure_quality(model: Model, tasks: Sequence[Task], depths: Sequence[int]) 
                 found[-1][way]["agreement"] = _agreement(orders[0][way], orders[depth][way])
     n = model.base.n_layer
     found.sort(key=lambda row: row["n_layers"])
-    return {"n_layer": n, "n_tasks": len(tasks), "n_asked": len(tasks) * len(tasks[0].asked),
-            "n_known": len(tasks[0].known), "lines": len(tasks[0].asked[0]), "depths": found}  # fmt: skip
+    return {
+        "n_layer": n, "n_tasks": len(tasks), "n_asked": len(tasks) * len(tasks[0].asked),
+        "n_known": len(tasks[0].known), "lines": len(tasks[0].asked[0]), "depths": found,
+    }  # fmt: skip
 
 
 def _embed(

@@ -84,9 +84,9 @@ def speed_table(row: Row) -> str:
         )
     what = (
         f"**{row['model']}**: {row['n_texts']} texts, {row['n_tokens']} tokens, {row['n_threads']} "
-        f"thread(s), fastest of {row['rounds']} rounds in turn ({row['cpu']}, {row['when']}, commit "
-        f"{row['commit']}, llama-cpp-python {row['llama_cpp_python']}). All layers against theirs, "
-        f"median of the rounds: {row['of_theirs_median']:.2f}; the vectors differ by "
+        f"thread(s), fastest of {row['rounds']} rounds in turn ({row['cpu']}, {row['when']}, "
+        f"commit {row['commit']}, llama-cpp-python {row['llama_cpp_python']}). All layers to "
+        f"theirs, median of the rounds: {row['of_theirs_median']:.2f}; the vectors differ by "
         f"{row['difference']:.1e} of their length."
     )
     return f"{what}\n\n{_table(head, lines)}"
