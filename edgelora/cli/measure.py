@@ -28,6 +28,7 @@ def measure_base(base: str, n_threads: int, as_json: bool) -> None:
     with console.stages() as advance:
         measured = measure_types(
             path,
+            types=TYPES,
             n_threads=n_threads,
             progress=lambda file_type, done: advance("measuring types", done, len(TYPES)),
         )
