@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import early_exit.report as early
 import gradient_quality.report as gradients
 import suggest_benchmark.report as suggestions
 from gradient_quality.measuring import read_results as read_gradients
@@ -28,6 +29,8 @@ SUGGESTIONS = ROOT / "results" / "suggest.jsonl"
 SUGGESTIONS_PAGE = ROOT / "docs" / "results.md"
 GRADIENTS = ROOT / "results" / "gradient_quality.jsonl"
 GRADIENTS_PAGE = ROOT / "docs" / "gradient.md"
+EARLY = ROOT / "results" / "early_exit.jsonl"
+TYPES = ROOT / "results" / "types.jsonl"
 NOTHING = "Not measured yet."
 Measured = dict[str, Any]
 
@@ -74,15 +77,42 @@ def put(page: str, part: str, text: str) -> str:
 def pages() -> dict[Path, str]:
     """Every page with tables, as the results say that it should be."""
     told = suggestions.report(read_results(SUGGESTIONS))
+    exits = read_results(EARLY)
+    performance = fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS))
+    performance = put(performance, "early-speed", early.speed_report(exits))
+    results = SUGGESTIONS_PAGE.read_text(encoding="utf-8")
     return {
-        PAGE: fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
+        PAGE: put(performance, "types", types_report(TYPES)),
         GRADIENTS_PAGE: put(
             GRADIENTS_PAGE.read_text(encoding="utf-8"),
             "gradient",
             gradients.report(read_gradients(GRADIENTS)),
         ),
-        SUGGESTIONS_PAGE: put(SUGGESTIONS_PAGE.read_text(encoding="utf-8"), "suggest", told),
+        SUGGESTIONS_PAGE: put(
+            put(results, "suggest", told), "early-quality", early.quality_report(exits)
+        ),
     }
+
+
+def types_report(path: Path) -> str:
+    """A table for each line that `edgelora doctor --measure BASE --json` printed."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return "\n\n".join(_types(json.loads(line)) for line in lines) or NOTHING
+
+
+def _types(row: Measured) -> str:
+    part = f", from {row['n_measured']} of its {row['n_layer']} layers"
+    what = (
+        f"**{row['base']}**{part if row['n_measured'] < row['n_layer'] else ''}, {row['cpu']}, "
+        f"{row['cores']} cores, {row['threads']['prompt']} threads for prompts and "
+        f"{row['threads']['decode']} for answers, llama-cpp-python {row['llama_cpp_python']}. "
+        f"Fastest: {row['fastest']}."
+    )
+    lines = [
+        [t["file_type"], f"{t['size_bytes'] / 1e9:.2f}", f"{t['prompt']:.1f}", f"{t['decode']:.1f}"]
+        for t in row["types"]
+    ]
+    return f"{what}\n\n{_table(['type', 'GB', 'prompt, tokens a second', 'answer'], lines)}"
 
 
 def _parallel(row: Measured) -> str:

@@ -139,8 +139,9 @@ def _judge(
 
 def _agreement(whole: Sequence[Array], early: Sequence[Array]) -> float:
     """The mean share of the first five that both have, the task's own adapter left out."""
-    tops = [
-        {*np.argsort(-a)[:N_TOP]} & {*np.argsort(-b)[:N_TOP]}
-        for a, b in zip(whole, early, strict=True)
-    ]
-    return float(np.mean([len(both) / N_TOP for both in tops]))
+
+    def top(near: Array) -> set[int]:
+        return {int(i) for i in np.argsort(-near, kind="stable")[:N_TOP]}
+
+    shares = [len(top(a) & top(b)) / len(top(a)) for a, b in zip(whole, early, strict=True)]
+    return float(np.mean(shares))
