@@ -35,11 +35,6 @@ def embedding_name(n_layers: int = 0) -> str:
     return f"plain text, windows of 512 tokens, {how}, mean over tokens"
 
 
-def default_layers(n_layer: int) -> int:
-    """After how many of a base's layers a new bank's data is embedded; 0 means all."""
-    return 0
-
-
 def sample_examples(
     examples: Sequence[Example], n_embedded: int, seed: int = 0
 ) -> tuple[Example, ...]:

@@ -77,13 +77,11 @@ def layers_for(bank: Bank, base: Base, wanted: int | None = None) -> int:
     """After how many layers of `base` the data of a bank is embedded; 0 means all.
 
     As its signatures were: only those of the same layers can be compared. A bank without any takes
-    `wanted`, or what the benchmark of early exit chose (summarise.default_layers).
+    `wanted`, or all.
 
     Raises:
         BankError: `wanted` is not what the bank's signatures have, or more layers than there are.
     """
-    from edgelora.summarise import default_layers
-
     if wanted is not None and not 0 <= wanted < base.n_layer:
         raise BankError(
             f"{base.path}: {wanted} of its {base.n_layer} layers cannot be asked for",
@@ -91,7 +89,7 @@ def layers_for(bank: Bank, base: Base, wanted: int | None = None) -> int:
         )
     found = _layers_of_signatures(bank, base)
     if found is None:
-        return default_layers(base.n_layer) if wanted is None else wanted
+        return wanted or 0
     if wanted is not None and wanted != found:
         raise BankError(
             f"{bank.path}: its signatures come from {found or 'all'} layers of the base, "

@@ -54,7 +54,7 @@ command.add_command(signatures)
     "n_layers",
     metavar="N|all",
     callback=to_layers,
-    help="Layers of the base that embed the data (default: as the bank's signatures).",
+    help="Layers of the base that embed the data (default: as the bank's signatures; all).",
 )
 @json_option
 @console.common_options
