@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import platform
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,20 +18,23 @@ import filelock
 from edgelora.errors import AlreadyExists, BankError
 
 TEMPORARY_PREFIX = ".edgelora-tmp-"
+_CLOCK_SLACK_S = 600.0  # that a file server's clock may be wrong
 
 
 @contextlib.contextmanager
 def publish(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.
 
-    On any exception (Ctrl-C included) the temporary file is removed and nothing is published.
+    On any exception (Ctrl-C included) the temporary file is removed and nothing is published. What
+    a killed process left of the same file is removed first.
 
     Raises:
         AlreadyExists: `path` exists and `force` is false (checked before and after the work).
     """
     _refuse_existing(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name}")
+    remove_leftovers(path)
+    temporary = _temporary(path)
     try:
         yield temporary
         _refuse_existing(path, force)
@@ -42,6 +49,36 @@ def write_atomic(path: Path, data: bytes, *, force: bool = True) -> None:
     """Write `data` to `path` so that readers see the old bytes or the new, never a mixture."""
     with publish(path, force=force) as temporary:
         temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the file `path`, for what is needed until that is made; removed at the end.
+
+    What a killed process left of one is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    folder = _temporary(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files and folders for `path` whose process has ended on this machine.
+
+    Those of a process that runs, or of another machine that shares the folder, are left alone.
+    """
+    for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}{_machine()}-*"):
+        if leftover.name.endswith(f"-{path.name}") and _is_abandoned(leftover, path.name):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # another process has just removed it
+                    leftover.unlink()
 
 
 def sha256_of(path: Path) -> str:
@@ -65,6 +102,35 @@ def locked(path: Path, *, timeout_s: float = 60.0) -> Iterator[None]:
             f"{path}: locked by another process for more than {timeout_s:g} s",
             hint="Wait for the other edgelora command to end, then run this one again.",
         ) from error
+
+
+def _temporary(path: Path) -> Path:
+    """A new name that tells whose it is: the machine's hash and the process's number."""
+    owner = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f"{TEMPORARY_PREFIX}{owner}-{path.name}")
+
+
+@functools.cache
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _is_abandoned(leftover: Path, name: str) -> bool:
+    import psutil
+
+    owner = re.fullmatch(
+        rf"{re.escape(TEMPORARY_PREFIX)}\w{{6}}-(\d+)-\w{{8}}-{re.escape(name)}", leftover.name
+    )
+    if owner is None:
+        return False
+    try:
+        # A process that began after the file was written last has only taken the number over.
+        started = psutil.Process(int(owner[1])).create_time()
+        return started > leftover.stat().st_mtime + _CLOCK_SLACK_S
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):
+        return False
 
 
 def _refuse_existing(path: Path, force: bool) -> None:

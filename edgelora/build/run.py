@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -40,7 +39,7 @@ from edgelora.engine.model import Model
 from edgelora.engine.prepare import tokenise_examples
 from edgelora.engine.score import TokenisedExample, mean_loss
 from edgelora.errors import AlreadyExists, DatasetError, EdgeLoRAError, NoImprovement
-from edgelora.files import publish
+from edgelora.files import publish, working_folder
 from edgelora.gradient.descent import OBJECTIVES
 from edgelora.gradient.variables import WEIGHTS
 from edgelora.operators import arbiter
@@ -115,7 +114,7 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
         nearness, measured, shown = measure_parts(work, split, parts)
         known = measured if measured.positions else None
         proposals = propose(work.pool, nearness, known, work.options.operator)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
+        folder = stack.enter_context(working_folder(work.out))
         context = stack.enter_context(open_context(work.model))
         trials = stack.enter_context(_trials(context))
         _try(work, context, proposals, shown, folder, trials)
@@ -124,7 +123,7 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
         with publish(work.out, force=work.options.force) as temporary:
             merge = write_trial(work, trial, nearness, temporary)
             judgement = judge(work, context, temporary, parts)
-    keep_signature(work, nearness)
+            keep_signature(work, nearness)
     losses = {t.candidate.name: t.loss for t in trials}
     built = _built(work, trial, nearness, measured, losses, merge)
     return replace(
@@ -142,7 +141,7 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
             nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
         work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
         ((name, coefficients),) = propose(work.pool, nearness, None, operator)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
+        folder = stack.enter_context(working_folder(work.out))
         trial, refined = make_trial(name, coefficients, work.pool.paths, folder), None
         if steps is not None:
             trial, refined = refine(
@@ -152,7 +151,7 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
             merge = write_trial(work, trial, nearness, temporary)
             with open_context(work.model) as context, applied(context, temporary):
                 pass  # loading it is the check: a file that llama.cpp refuses is not published
-    keep_signature(work, nearness)
+            keep_signature(work, nearness)
     return replace(_built(work, trial, nearness, None, {}, merge), refined=refined)
 
 
