@@ -15,7 +15,7 @@ from pathlib import Path
 
 import filelock
 
-from edgelora.errors import AlreadyExists, BankError
+from edgelora.errors import AlreadyExists, BankError, EdgeLoRAError
 
 TEMPORARY_PREFIX = ".edgelora-tmp-"
 _CLOCK_SLACK_S = 600.0  # that a file server's clock may be wrong
@@ -56,12 +56,17 @@ def working_folder(path: Path) -> Iterator[Path]:
     """A folder beside the file `path`, for what is needed until that is made; removed at the end.
 
     What a killed process left of one is removed first.
+
+    Raises:
+        EdgeLoRAError: another process of this machine has such a folder, so it makes that file now.
+        OSError: nothing can be written there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     folder = _temporary(path)
     folder.mkdir()
     try:
+        _refuse_others(path, folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -72,8 +77,8 @@ def remove_leftovers(path: Path) -> None:
 
     Those of a process that runs, or of another machine that shares the folder, are left alone.
     """
-    for leftover in path.parent.glob(f"{TEMPORARY_PREFIX}{_machine()}-*"):
-        if leftover.name.endswith(f"-{path.name}") and _is_abandoned(leftover, path.name):
+    for leftover, owner in _owned(path):
+        if _is_abandoned(leftover, owner):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
@@ -115,17 +120,30 @@ def _machine() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
 
-def _is_abandoned(leftover: Path, name: str) -> bool:
+def _owned(path: Path) -> list[tuple[Path, int]]:
+    """Temporary files and folders for `path` of this machine, each with its process's number."""
+    start = re.escape(f"{TEMPORARY_PREFIX}{_machine()}-")
+    name = re.compile(rf"{start}(\d{{1,9}})-\w{{8}}-{re.escape(path.name)}")
+    found = ((entry, name.fullmatch(entry.name)) for entry in path.parent.iterdir())
+    return [(entry, int(match[1])) for entry, match in found if match]
+
+
+def _refuse_others(path: Path, own: Path) -> None:
+    for other, owner in _owned(path):
+        if other != own and other.is_dir():
+            raise EdgeLoRAError(
+                f"{path}: another process ({owner}) is making this file",
+                hint=f"Wait for it, or choose another name. If it is none of EdgeLoRA's, delete "
+                f"{other}",
+            )
+
+
+def _is_abandoned(leftover: Path, owner: int) -> bool:
     import psutil
 
-    owner = re.fullmatch(
-        rf"{re.escape(TEMPORARY_PREFIX)}\w{{6}}-(\d+)-\w{{8}}-{re.escape(name)}", leftover.name
-    )
-    if owner is None:
-        return False
     try:
         # A process that began after the file was written last has only taken the number over.
-        started = psutil.Process(int(owner[1])).create_time()
+        started = psutil.Process(owner).create_time()
         return started > leftover.stat().st_mtime + _CLOCK_SLACK_S
     except psutil.NoSuchProcess:
         return True

@@ -64,7 +64,8 @@ def build(
         BankError: no adapter of the bank is for this base.
         NoImprovement: nothing beat the base on the user's own examples; nothing is written.
         DatasetError: too few examples to measure anything.
-        EdgeLoRAError: a budget too small for the comparisons, or an operator that lacks its input.
+        EdgeLoRAError: a budget too small for the comparisons, an operator that lacks its input, a
+            full disk, or another process that makes the same file.
     """
     options, listener = options or Options(), listener or Listener()
     _refuse_unknown(options)
@@ -76,9 +77,15 @@ def build(
     work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
     for message in find_warnings(pool, template.key):
         work.warn(message)
-    if dataset.has_completions:
-        return _build_measured(work, dataset)
-    return _build_unmeasured(work, dataset)
+    build_it = _build_measured if dataset.has_completions else _build_unmeasured
+    try:
+        with working_folder(out) as folder:
+            return build_it(work, dataset, folder)
+    except OSError as error:
+        raise EdgeLoRAError(
+            f"{out}: not written: {error.strerror or error} ({error.filename or 'while writing'})",
+            hint="Make room, or choose a folder that can be written to, and run it again.",
+        ) from error
 
 
 def _refuse_unknown(options: Options) -> None:
@@ -105,7 +112,7 @@ def _refuse_unknown(options: Options) -> None:
         raise EdgeLoRAError("an objective is for gradients", hint="Add --refine gradient.")
 
 
-def _build_measured(work: Work, dataset: Dataset) -> Built:
+def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     split = split_examples(dataset.examples, seed=work.options.seed)
     parts = tokenise_parts(work, split)
     reserve_comparisons(work, parts)
@@ -114,7 +121,6 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
         nearness, measured, shown = measure_parts(work, split, parts)
         known = measured if measured.positions else None
         proposals = propose(work.pool, nearness, known, work.options.operator)
-        folder = stack.enter_context(working_folder(work.out))
         context = stack.enter_context(open_context(work.model))
         trials = stack.enter_context(_trials(context))
         _try(work, context, proposals, shown, folder, trials)
@@ -131,7 +137,7 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
     )
 
 
-def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
+def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
     """Without completions: by distances, or gradients of an objective that needs none."""
     operator = _refuse_without_completions(work)
     texts = tokenise_examples(work.model, work.template, dataset.examples)
@@ -141,7 +147,6 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
             nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
         work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
         ((name, coefficients),) = propose(work.pool, nearness, None, operator)
-        folder = stack.enter_context(working_folder(work.out))
         trial, refined = make_trial(name, coefficients, work.pool.paths, folder), None
         if steps is not None:
             trial, refined = refine(

@@ -17,7 +17,8 @@ _STRING, _ARRAY, _ALIGNMENT = 8, 9, 32
 _FLOATS = (0.0, -1.0, 1e-45, 1e30, 3.4e38, float("inf"), float("nan"), 1.0, 1e-5, 500.0)
 _TEXTS = (b"", b"llama", b"gemma", b"mamba", b"x" * 300, b"\xff\xfe", b"gpt2", b"bert", b"none",
           b"{{ messages }}", b"{% for m in messages %}", b"yarn", b"su", b"longrope", b"t5",
-          b"rwkv", b"\x00", b"qwen2", b"phi3", b"adapter", b"{{ raise_exception('x') }}")  # fmt: skip
+          b"rwkv", b"\x00",
+          b"qwen2", b"phi3", b"adapter", b"{{ raise_exception('x') }}")  # fmt: skip
 
 Rng = random.Random
 

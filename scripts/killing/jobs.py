@@ -67,12 +67,14 @@ class Job:
         words: of the command, for a folder of its own.
         prepare: puts into the folder what is there before the command.
         check: problems of the folder after a kill, given the tree that a whole run leaves.
+        writes: the folders that it writes to, but for caches.
     """
 
     name: str
     words: Callable[[Material, Path], list[object]]
     prepare: Callable[[Material, Path], None]
     check: Callable[[Path, Tree], list[str]]
+    writes: tuple[str, ...]
 
 
 @contextmanager
@@ -196,16 +198,17 @@ def _differing(folder: Path, whole: Tree) -> list[str]:
 
 
 JOBS = (
-    Job("bank add", _add, _nothing, _check_bank),
-    Job("build", _build(), _copy_bank, _check_output),
+    Job("bank add", _add, _nothing, _check_bank, ("bank",)),
+    Job("build", _build(), _copy_bank, _check_output, ("out",)),
     Job(
         "build with gradients",
         _build("--refine", "gradient", "--passes", 2, "--polish", 1),
         _copy_bank,
         _check_output,
+        ("out",),
     ),
-    Job("pull bank", _pull_bank, _nothing, _check_bank),
-    Job("pull base", _pull_base, _nothing, _differing),
+    Job("pull bank", _pull_bank, _nothing, _check_bank, ("bank",)),
+    Job("pull base", _pull_base, _nothing, _differing, ("models",)),
 )
 
 
