@@ -161,7 +161,8 @@ class GGUFFile:
         if plain is not None:
             return self.raw(name).view(plain).reshape(info.shape)
         try:
-            return dequantize(self.raw(name), info.ggml_type).reshape(info.shape)
+            with np.errstate(over="ignore", invalid="ignore"):  # a block's scale may be infinite
+                return dequantize(self.raw(name), info.ggml_type).reshape(info.shape)
         except NotImplementedError as error:
             raise UnsupportedFile(
                 f"{self.path}: {name} has type {info.ggml_type.name}, which cannot be read"

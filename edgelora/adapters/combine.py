@@ -35,6 +35,7 @@ Coefficients = Sequence[float] | Mapping[str, ArrayLike]
 AUTO = "auto"
 # float32 factors: an update this small beside its factors is what cancelling left over.
 CANCELLED = 1e-6
+MAX_FACTOR = 1e15  # beyond it float32 squares and their sums overflow
 
 
 class Source(Protocol):
@@ -289,10 +290,11 @@ def _stack(
     ]
     if not pairs:
         return Stack(np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32), (), ())
-    lora_a, lora_b = stacked([pair for _, pair in pairs])
     coefficients = tuple(for_components(weight, pair.rank) for weight, pair in pairs)
     factors = [scale * c * pair.scale for c, (_, pair) in zip(coefficients, pairs, strict=True)]
-    lora_b *= np.concatenate(factors).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused by the norm
+        lora_a, lora_b = stacked([pair for _, pair in pairs])
+        lora_b *= np.concatenate(factors).astype(np.float32)
     return Stack(lora_a, lora_b, coefficients, tuple(pair.rank for _, pair in pairs))
 
 
@@ -300,8 +302,11 @@ def _norm_or_zero(name: str, stack: Stack) -> float:
     """The exact combination's norm; 0 where it is only what cancelling left over."""
     if not stack.ranks:
         return 0.0
+    sizes = [float(np.abs(factor).max()) for factor in (stack.lora_b, stack.lora_a)]
+    if not all(map(math.isfinite, sizes)):
+        raise InvalidFile(f"{name}: an adapter holds NaN or infinite values")
+    if max(sizes) > MAX_FACTOR:
+        raise InvalidFile(f"{name}: an adapter holds a factor of {max(sizes):.1e}, too large")
     norm = product_norm(stack.lora_b, stack.lora_a)
     bound = float(np.linalg.norm(stack.lora_b)) * float(np.linalg.norm(stack.lora_a))
-    if not math.isfinite(norm):
-        raise InvalidFile(f"{name}: an adapter holds NaN or infinite values")
     return norm if norm > CANCELLED * bound else 0.0

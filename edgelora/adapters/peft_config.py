@@ -163,15 +163,15 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig | None, list[str], 
 def _refusals(raw: Mapping[str, Any]) -> list[str]:
     problems = [f"uses {what}" for key, what in REFUSED.items() if raw.get(key)]
     if raw.get("peft_type") != "LORA":
-        problems.append(f"its peft_type is {raw.get('peft_type')!r}, only LORA is supported")
+        problems.append(f"its peft_type is {shown(raw.get('peft_type'))}, only LORA is supported")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"its task_type is {raw['task_type']!r}, only CAUSAL_LM is supported")
+        problems.append(f"its task_type is {shown(raw['task_type'])}, only CAUSAL_LM is supported")
     if raw.get("bias") not in (None, "none"):
-        problems.append(f"trains biases (bias = {raw['bias']!r})")
+        problems.append(f"trains biases (bias = {shown(raw['bias'])})")
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         problems.append(
-            f"init_lora_weights {init!r} changed the base's weights: save it with "
+            f"init_lora_weights {shown(init)} changed the base's weights: save it with "
             "path_initial_model_for_weight_conversion to get a plain LoRA"
         )
     return problems

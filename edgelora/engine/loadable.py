@@ -21,9 +21,10 @@ from edgelora.gguf_file import Metadata, open_gguf
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024
 _WHOLLY_ROTATED = ("llama", "qwen2", "qwen3")
+_ALIGNMENT = 32  # of ggml's buffers, into which the file is mapped
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _TOKENIZER = "tokenizer.ggml."
-_SPM, _BYTE_TYPE = "llama", 6
+_SPM = "llama"
 # Kinds of vocabularies that text can be made of, and of tokens; `none` has no tokens at all.
 _KINDS = ("llama", "gpt2", "bert", "t5", "rwkv", "plamo2", "gemma4", "hybriddna", "whitespace")
 
@@ -35,13 +36,16 @@ def refuse_unloadable(base: Base) -> None:
         InvalidFile: every problem is listed.
         UnsupportedFile: a vocabulary of a kind that gives no text.
     """
-    metadata = open_gguf(base.path).metadata
+    gguf = open_gguf(base.path)
+    metadata, first = gguf.metadata, min(info.offset for info in gguf.tensors.values())
     kind = metadata.get(f"{_TOKENIZER}model")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise UnsupportedFile(
             f"{base.path}: its tokenizer is {str(kind)[:40]!r}, none of {', '.join(_KINDS)}"
         )
     problems = [*_number_problems(base, metadata), *_vocabulary_problems(metadata, kind)]
+    if first % _ALIGNMENT:
+        problems.append(f"its tensors begin at byte {first}, no multiple of {_ALIGNMENT}")
     if problems:
         raise InvalidFile(f"{base.path}: llama.cpp cannot load it", problems=problems[:20])
 
