@@ -66,7 +66,6 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         with path.open("rb") as file:
             size_bytes = path.stat().st_size
             start = file.read(1024)
-            _refuse_impostors(path, start)
             header = start[8:] + file.read(max(0, _header_size(path, start, size_bytes) - 1016))
     except OSError as error:
         raise InvalidFile(f"{path}: cannot be read ({error.strerror})") from error
@@ -105,8 +104,6 @@ def _refuse_impostors(path: Path, start: bytes) -> None:
             f"{path}: a Git LFS pointer, not the weights themselves",
             hint="Fetch the real file (git lfs pull), then try again.",
         )
-    if b"\0" in start[:8]:
-        return  # a header's length, whose bytes may be those of any letters
     if start.lstrip()[:1] == b"<":
         raise InvalidFile(f"{path}: a web page, not a safetensors file", hint="Download it again.")
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
@@ -120,6 +117,8 @@ def _header_size(path: Path, start: bytes, size_bytes: int) -> int:
     n_header = int.from_bytes(start[:8], "little")
     if len(start) >= 8 and 2 <= n_header <= min(size_bytes - 8, MAX_HEADER_BYTES):
         return n_header
+    # Only now: the bytes of a header's length may be any letters.
+    _refuse_impostors(path, start)
     what = f"promises a header of {n_header} bytes" if len(start) >= 8 else "is too short"
     raise InvalidFile(
         f"{path}: truncated or not a safetensors file: it {what} and has {size_bytes} bytes",
