@@ -14,12 +14,21 @@ from numpy.typing import NDArray
 
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
+from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
 from edgelora.build.finish import applied, judge, keep_signature, write_trial
 from edgelora.build.gradients import Gradients, open_gradients
 from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unmeasured
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
-from edgelora.build.proposals import NONE, OPERATOR_NAMES, Measured, Nearness, Proposal, propose
+from edgelora.build.proposals import (
+    ACTIVATED,
+    NONE,
+    OPERATOR_NAMES,
+    Measured,
+    Nearness,
+    Proposal,
+    propose,
+)
 from edgelora.build.records import REFINEMENTS, Built, Listener, Options, Refined, Trained
 from edgelora.build.refining import OBJECTIVE_WORDS, refine
 from edgelora.build.state import State, open_state
@@ -68,19 +77,26 @@ def build(
         DatasetError: too few examples to measure anything.
         EdgeLoRAError: a budget too small for the comparisons, or an operator that lacks its input.
     """
-    options, listener = options or Options(), listener or Listener()
-    _refuse_unknown(options)
     if not dataset.examples:
         raise DatasetError(f"{dataset.path}: no examples")
-    if out.exists() and not options.force:
-        raise AlreadyExists(f"{out} exists already", hint="Choose another name or add --force.")
-    pool = open_pool(bank, model.base.identity, options.exclude)
-    work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
-    for message in find_warnings(pool, template.key):
-        work.warn(message)
+    work = open_work(model, bank, template, out, options or Options(), listener or Listener())
     if dataset.has_completions:
         return _build_measured(work, dataset)
     return _build_unmeasured(work, dataset)
+
+
+def open_work(
+    model: Model, bank: Bank, template: Template, out: Path, options: Options, listener: Listener
+) -> Work:
+    """A build about to begin, with what is worth a warning told; errors are those of `build`."""
+    _refuse_unknown(options)
+    if out.exists() and not options.force:
+        raise AlreadyExists(f"{out} exists already", hint="Choose another name or add --force.")
+    pool = open_pool(bank, model.base.identity, options.exclude, calibrated=options.calibrated)
+    work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
+    for message in find_warnings(pool, template.key):
+        work.warn(message)
+    return work
 
 
 def _refuse_unknown(options: Options) -> None:
@@ -112,6 +128,7 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
     parts = tokenise_parts(work, split)
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
+        activations = open_activations(work, work.options.operator, parts.support)
         steps = _open_steps(work, stack, parts.support, has_completions=True)
         nearness, measured, shown = measure_parts(work, split, parts)
         known = measured if measured.positions else None
@@ -120,6 +137,8 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
         context = stack.enter_context(open_context(work.model))
         trials = stack.enter_context(_trials(context))
         _try(work, context, proposals, shown, folder, trials)
+        if activations is not None:
+            trials.append(try_activated(work, context, activations, nearness, shown, folder))
         made = _take_steps(work, context, steps, nearness, shown, folder, trials)
         verdict, trial = _choose(work, context, trials, parts.selection)
         with publish(work.out, force=work.options.force) as temporary:
@@ -127,24 +146,31 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
             judgement = judge(work, context, temporary, parts)
     keep_signature(work, nearness)
     losses = {t.candidate.name: t.loss for t in trials}
-    built = _built(work, trial, nearness, measured, losses, merge)
+    built = make_built(work, trial, nearness, measured, losses, merge)
     return replace(
         built, verdict=verdict, judgement=judgement, refined=made.refined, trained=made.trained
     )
 
 
 def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
-    """Without completions: by distances, or gradients of an objective that needs none."""
+    """Without completions: by distances, activations, or gradients of another objective."""
     operator = _refuse_without_completions(work)
     texts = tokenise_examples(work.model, work.template, dataset.examples)
     with ExitStack() as stack:
+        activations = open_activations(work, operator, texts)
         steps = _open_steps(work, stack, texts, has_completions=False)
         with open_context(work.model, hidden=True) as hidden:
             nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
-        work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
-        ((name, coefficients),) = propose(work.pool, nearness, None, operator)
+        by = "distances" if activations is None else "activations"
+        work.listener.plan(plan_unmeasured(work, len(dataset.examples), by))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
-        trial, refined = _make(work, name, coefficients, folder), None
+        if activations is not None:
+            weights = weigh(work, activations)
+            trial = make_activated(work, activations, weights, nearness, folder)
+        else:
+            ((name, coefficients),) = propose(work.pool, nearness, None, operator)
+            trial = _make(work, name, coefficients, folder)
+        refined = None
         if steps is not None:
             trial, refined = refine(
                 work, steps.gradients, trial.candidate, nearness, steps.state, folder
@@ -154,7 +180,7 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
             with open_context(work.model) as context, applied(context, temporary):
                 pass  # loading it is the check: a file that llama.cpp refuses is not published
     keep_signature(work, nearness)
-    return replace(_built(work, trial, nearness, None, {}, merge), refined=refined)
+    return replace(make_built(work, trial, nearness, None, {}, merge), refined=refined)
 
 
 def _refuse_without_completions(work: Work) -> str:
@@ -177,8 +203,12 @@ def _refuse_without_completions(work: Work) -> str:
             "whether answers get better"
         )
         return "uniform" if options.operator == "auto" else options.operator
-    work.warn("the dataset has no completions: losses cannot be measured, distances alone decide")
-    return "mixture" if options.operator == "auto" else options.operator
+    operator = options.operator
+    if operator == "auto":
+        operator = "mixture" if work.pool.signed else "logo"
+    by = "activations" if operator in ACTIVATED else "distances"
+    work.warn(f"the dataset has no completions: losses cannot be measured, {by} alone decide")
+    return operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,7 +338,7 @@ def _choose(
     return verdict, trials[best]
 
 
-def _built(
+def make_built(
     work: Work,
     trial: Trial,
     nearness: Nearness | None,
@@ -316,6 +346,7 @@ def _built(
     support_losses: dict[str, float],
     merge: MergeReport | None,
 ) -> Built:
+    """The account of a finished build; warnings of the merge are told."""
     names, candidate = work.pool.names, trial.candidate
     for message in merge.warnings if merge else ():
         work.warn(message)
