@@ -14,6 +14,7 @@ from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome,
 from edgelora.bank.requests import make_requests
 from edgelora.bank.store import with_template
 from edgelora.cli import console
+from edgelora.cli.bank_evaluation import evaluate
 from edgelora.cli.signatures import signatures
 
 TYPES = ("f16", "f32", "bf16", "q8_0")
@@ -31,6 +32,7 @@ def command() -> None:
 
 
 command.add_command(signatures)
+command.add_command(evaluate)
 
 
 @command.command()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from edgelora import metrics
 from edgelora.engine.context import open_context
 from edgelora.engine.score import Score, mean_loss, score
 from edgelora.evaluate import references
+from edgelora.leave_one_out.lines import Row, append_line, read_lines
 from gradient_quality.arms import Bench, Made, parse_arm
 from gradient_quality.bed import Case
 
 # Arms that do not depend on the number of labels are measured once.
 WITHOUT_LABELS = ("base", "own")
-Row = dict[str, Any]
+_WHOLE = {"bed", "task", "seed", "labels", "arm"}
 Key = tuple[str, str, int, int, str]
 
 
@@ -98,24 +97,9 @@ def _exact_match(case: Case, scores: Sequence[Score]) -> float:
 
 def read_results(path: Path) -> dict[Key, Row]:
     """The finished lines; one that a killed run left half-written is not counted."""
-    rows: dict[Key, Row] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                rows[key_of(row)] = row
-            except (ValueError, KeyError):
-                continue
-    return rows
+    return {key_of(row): row for row in read_lines(path) if _WHOLE <= row.keys()}
 
 
 def append(path: Path, row: Row) -> None:
-    """One line more, on a line of its own whatever a killed run left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0, 2)
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
+    """One line more."""
+    append_line(path, row)
