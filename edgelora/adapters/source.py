@@ -31,6 +31,8 @@ from edgelora.errors import IncompatibleAdapter, InvalidFile, UnsupportedFile
 
 Array = NDArray[np.floating]
 
+MAX_PROBLEMS = 100
+
 # (first, second) as stored -> lora_a (r, in), lora_b (out, r). An embedding's update is
 # (vocabulary, embedding) like its weight, whichever way the tool multiplies.
 LAYOUTS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
@@ -73,6 +75,8 @@ class Findings:
     def raise_problems(self, folder: Path, base: Base) -> None:
         """Raise one error that lists every problem, if there is any."""
         problems = [*self.unsupported, *self.damaged, *self.misfits]
+        if len(problems) > MAX_PROBLEMS:
+            problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
         if self.unsupported:
             raise UnsupportedFile(f"{folder}: cannot be converted", problems=problems)
         if self.damaged:
