@@ -141,7 +141,7 @@ def _start(
     folder: Path, arguments: argparse.Namespace, first: int, errors: Any
 ) -> subprocess.Popen[bytes]:
     where = [str(folder), str(first), str(arguments.workers), str(arguments.n)]
-    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
     return subprocess.Popen(
         [sys.executable, "-X", "faulthandler", __file__, "--seed", str(arguments.seed),
          "--worker", *where],

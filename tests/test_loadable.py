@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from edgelora.adapters.base import read_base
 from edgelora.engine.loadable import refuse_unloadable
 from edgelora.errors import EdgeLoRAError
 
-UINT32, STRING = 4, 8
+UINT32, FLOAT32, STRING = 4, 6, 8
+EPSILON = "attention.layer_norm_rms_epsilon"
 
 
 def check(path: Path, parts: Parts) -> None:
@@ -50,6 +52,8 @@ def test_bases_that_load_pass(architecture: str, vocabulary: str, tmp_path: Path
         ("llama.expert_count", UINT32, number(8), "0 of 8 experts"),
         ("llama.expert_used_count", UINT32, number(2), "2 of 0 experts"),
         ("llama.rope.scaling.type", STRING, text("su"), "rope.scaling.type is 'su'"),
+        (f"llama.{EPSILON}", FLOAT32, struct.pack("<f", -1), "rms_epsilon is -1.0"),
+        (f"llama.{EPSILON}", FLOAT32, struct.pack("<f", math.nan), "rms_epsilon is nan"),
         ("llama.attention.head_count_kv", UINT32, number(3), "4 heads cannot share 3"),
         ("llama.attention.value_length", UINT32, number(16), "8 numbers for keys, 16 for values"),
         ("llama.rope.dimension_count", UINT32, number(4), "4 numbers of a head of 8"),

@@ -199,11 +199,16 @@ def _check(
     findings.misfits += mismatches
     if pair.rank == 0:
         findings.damaged.append(f"{stored.module}: its rank is 0")
-    for key, array in ((stored.first, pair.lora_a), (stored.second, pair.lora_b)):
-        if not is_finite(array):
-            findings.damaged.append(f"{key}: holds NaN or infinite values")
+    damaged = [
+        f"{key}: holds NaN or infinite values"
+        for key, array in ((stored.first, pair.lora_a), (stored.second, pair.lora_b))
+        if not is_finite(array)
+    ]
+    findings.damaged += damaged
     if mismatches:
         return [], False
+    if damaged:
+        return [], True
     changes = stored.scale != 0 and bool(pair.lora_b.any()) and bool(pair.lora_a.any())
     return [PairPlan(name, pair.rank, pair.lora_a.shape[1], pair.lora_b.shape[0])], changes
 

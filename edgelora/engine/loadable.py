@@ -7,6 +7,7 @@ edgelora.adapters.architectures assert on.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -65,6 +66,10 @@ def _number_problems(base: Base, metadata: Metadata) -> Iterator[str]:
         yield f"{prefix}rope.scaling.type is {scaling!r}, none of {', '.join(_ROPE_SCALINGS)}"
     if base.n_head % base.n_head_kv:
         yield f"{base.n_head} heads cannot share {base.n_head_kv} of keys and values"
+    for key in ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"):
+        epsilon = scalars.get(key, 0.0)
+        if not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
+            yield f"{prefix}{key} is {epsilon!r}, not a number from 0 on"
     yield from _expert_problems(scalars)
     if base.architecture in ARCHITECTURES:
         yield from _allow_listed_problems(base, scalars)

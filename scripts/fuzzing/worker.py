@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from edgelora.errors import EdgeLoRAError
 from fuzzing.seeds import Seed, draw, read_seeds
@@ -28,12 +29,15 @@ READ, REFUSED, PROBLEM = "read", "refused", "problem"
 
 def work(folder: Path, seed: int, first: int, step: int, end: int) -> None:
     """Inputs first, first + step, ... below `end`; a line of JSON before and after each."""
+    # What native code and the debugger that ggml calls in print goes where errors go.
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     seeds = read_seeds(folder / "seeds")
     with opened(folder, f"worker-{first % step}") as (world, place):
         for number in range(first, end, step):
-            _say({"begin": number})
+            _say(told, {"begin": number})
             chosen, files = draw(seeds, seed, number)
-            _say({"end": number, "kind": chosen.kind, "seed": chosen.name}
+            _say(told, {"end": number, "kind": chosen.kind, "seed": chosen.name}
                  | run(chosen, files, place, world))  # fmt: skip
 
 
@@ -98,5 +102,5 @@ def _bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
-def _say(line: dict[str, object]) -> None:
-    print(json.dumps(line), flush=True)
+def _say(told: TextIO, line: dict[str, object]) -> None:
+    print(json.dumps(line), file=told, flush=True)
