@@ -128,7 +128,7 @@ def _watch(
             code = process.wait()
         if stopped or code == 0:
             return
-        said = log.read_text("utf-8", "replace")[-3000:]
+        said = log.read_text("utf-8", "replace").split("\nExtension modules:")[0][-3000:]
         if running < 0:
             raise SystemExit(f"a worker did not start:\n{said}")
         what = f"no end after {arguments.patience:g} s" if hung else f"died with {code}"

@@ -90,6 +90,16 @@ def test_a_vocabulary_that_would_end_the_process(
         check(tmp_path / "changed.gguf", changed)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_attention_without_its_weights(architecture: str, tmp_path: Path) -> None:
+    """llama.cpp takes the three matrices or one of all three, and without any it reads at 0."""
+    parts = take_apart(pico.write_base(tmp_path / "b.gguf", architecture).read_bytes())
+    gone = (b"blk.1.attn_k.weight", b"blk.1.attn_qkv.weight")
+    parts.tensors[:] = [tensor for tensor in parts.tensors if tensor[0] not in gone]
+    with pytest.raises(EdgeLoRAError, match=r"blk\.1\.attn_k\.weight.* missing"):
+        check(tmp_path / "changed.gguf", parts)
+
+
 def test_a_missing_byte(tmp_path: Path) -> None:
     parts = take_apart(pico.write_base(tmp_path / "b.gguf").read_bytes())
     tokens = next(value for key, _, value in parts.entries if key == b"tokenizer.ggml.tokens")

@@ -99,6 +99,10 @@ def _allow_listed_problems(base: Base, scalars: Mapping[str, Any]) -> Iterator[s
         yield f"{n_rotated!r} numbers of a head of {width} are rotated"
     elif n_rotated != width and base.architecture in _WHOLLY_ROTATED:
         yield f"{n_rotated} numbers of a head of {width} are rotated, not all"
+    for block in range(base.n_layer):
+        missing = {f"blk.{block}.attn_{part}.weight" for part in "qkv"} - base.shapes.keys()
+        if missing and f"blk.{block}.attn_qkv.weight" not in base.shapes:
+            yield f"{', '.join(sorted(missing))} missing"
 
 
 def _vocabulary_problems(metadata: Metadata, kind: str) -> Iterator[str]:

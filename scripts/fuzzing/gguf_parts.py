@@ -102,7 +102,7 @@ def spoil_gguf(data: bytes, rng: Rng) -> bytes:
     """One or a few changes of entries or tensors."""
     try:
         parts = take_apart(data)
-    except (struct.error, KeyError, OverflowError, MemoryError):
+    except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
         return spoil_bytes(data, rng)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         change = _spoil_entry if rng.random() < 0.65 and parts.entries else _spoil_tensor
