@@ -47,6 +47,7 @@ def test_bases_that_load_pass(architecture: str, vocabulary: str, tmp_path: Path
     ("key", "kind", "value", "what"),
     [
         ("llama.block_count", UINT32, number(513), "513 blocks"),
+        ("llama.block_count", UINT32, number(2**31), "2147483648 blocks"),
         ("llama.nextn_predict_layers", UINT32, number(3), "nextn_predict_layers is 3"),
         ("llama.expert_count", UINT32, number(2000), "expert_count is 2000"),
         ("llama.expert_count", UINT32, number(8), "0 of 8 experts"),
@@ -57,6 +58,7 @@ def test_bases_that_load_pass(architecture: str, vocabulary: str, tmp_path: Path
         ("llama.attention.head_count_kv", UINT32, number(3), "4 heads cannot share 3"),
         ("llama.attention.value_length", UINT32, number(16), "8 numbers for keys, 16 for values"),
         ("llama.rope.dimension_count", UINT32, number(4), "4 numbers of a head of 8"),
+        ("llama.rope.dimension_count", UINT32, number(0), "0 numbers of a head of 8"),
         ("llama.rope.dimension_count", UINT32, number(7), "7 numbers of a head of 8"),
         ("tokenizer.ggml.model", STRING, text("none"), "its tokenizer is 'none'"),
         ("tokenizer.ggml.model", UINT32, number(1), "its tokenizer is '1'"),

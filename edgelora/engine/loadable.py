@@ -22,6 +22,7 @@ from edgelora.gguf_file import Metadata, open_gguf
 MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024
 _WHOLLY_ROTATED = ("llama", "qwen2", "qwen3")
+_NOT_ROTATED = "gpt2"
 _ALIGNMENT = 32  # of ggml's buffers, into which the file is mapped
 _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _TOKENIZER = "tokenizer.ggml."
@@ -95,11 +96,12 @@ def _allow_listed_problems(base: Base, scalars: Mapping[str, Any]) -> Iterator[s
     if scalars.get("attention.value_length", width) != width:
         yield f"heads of {width} numbers for keys, {scalars['attention.value_length']!r} for values"
     n_rotated = scalars.get("rope.dimension_count", width)
-    if not _is_whole(n_rotated, width) or n_rotated % 2:
+    none_allowed = base.architecture == _NOT_ROTATED  # others would loop without end
+    if not _is_whole(n_rotated, width) or n_rotated % 2 or not (n_rotated or none_allowed):
         yield f"{n_rotated!r} numbers of a head of {width} are rotated"
     elif n_rotated != width and base.architecture in _WHOLLY_ROTATED:
         yield f"{n_rotated} numbers of a head of {width} are rotated, not all"
-    for block in range(base.n_layer):
+    for block in range(min(base.n_layer, MAX_BLOCKS)):
         missing = {f"blk.{block}.attn_{part}.weight" for part in "qkv"} - base.shapes.keys()
         if missing and f"blk.{block}.attn_qkv.weight" not in base.shapes:
             yield f"{', '.join(sorted(missing))} missing"

@@ -75,7 +75,7 @@ class Decoder:
         linears = Linears(self.weights, updates)
         return Head(linears, self.model).logits(self._hidden(pack, linears, lambda n_blocks: None))
 
-    @np.errstate(over="ignore", invalid="ignore")
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def losses(
         self,
         examples: Sequence[TokenisedExample],
@@ -101,7 +101,7 @@ class Decoder:
             np.add.at(values, pack.owners, losses)
         return _scores(values, examples)
 
-    @np.errstate(over="ignore", invalid="ignore")
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def gradients(
         self,
         examples: Sequence[TokenisedExample],
