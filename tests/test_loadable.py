@@ -47,7 +47,7 @@ def test_bases_that_load_pass(architecture: str, vocabulary: str, tmp_path: Path
     ("key", "kind", "value", "what"),
     [
         ("llama.block_count", UINT32, number(513), "513 blocks"),
-        ("llama.block_count", UINT32, number(2**31), "2147483648 blocks"),
+        ("llama.block_count", UINT32, number(2**31 - 1), "2147483647 blocks"),
         ("llama.nextn_predict_layers", UINT32, number(3), "nextn_predict_layers is 3"),
         ("llama.expert_count", UINT32, number(2000), "expert_count is 2000"),
         ("llama.expert_count", UINT32, number(8), "0 of 8 experts"),
@@ -92,13 +92,21 @@ def test_a_vocabulary_that_would_end_the_process(
         check(tmp_path / "changed.gguf", changed)
 
 
+@pytest.mark.parametrize("architecture", pico.ARCHITECTURES)
+def test_other_heads_than_the_matrices_are_for(architecture: str, tmp_path: Path) -> None:
+    parts = take_apart(pico.write_base(tmp_path / "b.gguf", architecture).read_bytes())
+    changed = with_entry(parts, f"{architecture}.attention.head_count", UINT32, number(32))
+    with pytest.raises(EdgeLoRAError, match=r"blk\.0\.attn_q.*, not \d+ heads of"):
+        check(tmp_path / "changed.gguf", changed)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_attention_without_its_weights(architecture: str, tmp_path: Path) -> None:
     """llama.cpp takes the three matrices or one of all three, and without any it reads at 0."""
     parts = take_apart(pico.write_base(tmp_path / "b.gguf", architecture).read_bytes())
     gone = (b"blk.1.attn_k.weight", b"blk.1.attn_qkv.weight")
     parts.tensors[:] = [tensor for tensor in parts.tensors if tensor[0] not in gone]
-    with pytest.raises(EdgeLoRAError, match=r"blk\.1\.attn_k\.weight.* missing"):
+    with pytest.raises(EdgeLoRAError, match=r"blk\.1\.attn_k\.weight is missing"):
         check(tmp_path / "changed.gguf", parts)
 
 

@@ -101,10 +101,25 @@ def _allow_listed_problems(base: Base, scalars: Mapping[str, Any]) -> Iterator[s
         yield f"{n_rotated!r} numbers of a head of {width} are rotated"
     elif n_rotated != width and base.architecture in _WHOLLY_ROTATED:
         yield f"{n_rotated} numbers of a head of {width} are rotated, not all"
+    if "attention.head_count" in scalars:  # not one for each block
+        yield from _attention_problems(base)
+
+
+def _attention_problems(base: Base) -> Iterator[str]:
+    """Each block has the three matrices of attention, or one of all three, for the heads."""
+    rows = {"q": base.n_head, "k": base.n_head_kv, "v": base.n_head_kv}
+    rows["qkv"] = sum(rows.values())
     for block in range(min(base.n_layer, MAX_BLOCKS)):
-        missing = {f"blk.{block}.attn_{part}.weight" for part in "qkv"} - base.shapes.keys()
-        if missing and f"blk.{block}.attn_qkv.weight" not in base.shapes:
-            yield f"{', '.join(sorted(missing))} missing"
+        found = {p: s for p in rows if (s := base.shapes.get(f"blk.{block}.attn_{p}.weight"))}
+        if "qkv" not in found:
+            for part in sorted({*"qkv"} - found.keys()):
+                yield f"blk.{block}.attn_{part}.weight is missing"
+        for part, shape in found.items():
+            if shape[-2:][0] != rows[part] * base.head_dim:
+                yield (
+                    f"blk.{block}.attn_{part}.weight has shape {shape}, not {rows[part]} heads of "
+                    f"{base.head_dim}"
+                )
 
 
 def _vocabulary_problems(metadata: Metadata, kind: str) -> Iterator[str]:

@@ -46,6 +46,7 @@ def opened(folder: Path, name: str) -> Iterator[tuple[World, Path]]:
     """The world, and a folder for inputs; warnings are errors, and memory has a bound."""
     os.environ["EDGELORA_CACHE"] = str(folder / "cache")
     warnings.simplefilter("error")
+    warnings.simplefilter("ignore", ResourceWarning)  # of destructors, where nothing can be raised
     with open_world(folder / "seeds") as world:
         _bound_memory()
         yield world, folder / name
