@@ -41,7 +41,6 @@ from fuzzing.worker import PROBLEM, READ, REFUSED, opened, run, work
 
 FOUND = ROOT / "build" / "fuzz" / "found"
 _MAX_PROBLEMS = 100
-_SHOWN = 12
 
 
 @dataclass

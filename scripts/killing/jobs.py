@@ -6,7 +6,6 @@ Everything is made of pico models (tests/pico.py), so that a command takes a sec
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -210,8 +209,3 @@ JOBS = (
     Job("pull bank", _pull_bank, _nothing, _check_bank, ("bank",)),
     Job("pull base", _pull_base, _nothing, _differing, ("models",)),
 )
-
-
-def manifest(found: Tree) -> str:
-    """A tree as text, to compare by eye."""
-    return json.dumps(dict(found), indent=1)
