@@ -10,7 +10,6 @@ nothing and fails where a page is not what the results say.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import adapter_benchmark.results as adapters
-import benchmark_scale as scale
+import adapter_benchmark.scale as scale
 import gradient_quality.report as gradients
 import suggest_benchmark.report as suggestions
 from gradient_quality.measuring import read_results as read_gradients
+from result_lines import newest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "serve.jsonl"
@@ -36,17 +36,8 @@ Measured = dict[str, Any]
 
 
 def read_results(path: Path) -> list[Measured]:
-    """The newest whole row of each part and model, in the file's order; half a line is left out."""
-    newest: dict[tuple[str, str], Measured] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        key = (row["part"], row["model"])
-        newest.pop(key, None)
-        newest[key] = row
-    return list(newest.values())
+    """The newest whole row of each part and model, in the file's order."""
+    return newest(path, ("part", "model"))
 
 
 def fill(page: str, rows: Sequence[Measured]) -> str:

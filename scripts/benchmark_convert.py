@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from adapter_benchmark.results import RESULTS, append
+from adapter_benchmark.results import RESULTS, add
 from make_shape import SHAPES, Shape, write_base, write_peft
 from measure_memory import watch
 
@@ -64,7 +64,7 @@ def main() -> None:
             runs = sources[: options.reference_runs]
             row |= compare(options.llama_cpp, options.reference_python, shape, runs, root)
             row["ratio"] = row["reference_s"] / row["seconds_each"]
-    append(options.results, row)
+    add(options.results, row)
 
 
 def measure(sources: list[Path], base: Path, root: Path) -> dict[str, Any]:

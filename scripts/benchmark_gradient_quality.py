@@ -32,14 +32,13 @@ from gradient_quality.arms import DEFAULT_ARMS, parse_arm
 from gradient_quality.bed import Bed, make_bank, make_case, open_bed
 from gradient_quality.measuring import (
     Key,
-    Row,
-    append,
     key_of,
     labels_of,
     measure_case,
     read_results,
 )
 from gradient_quality.report import report
+from result_lines import Row, append
 
 from edgelora.bases import resolve
 from edgelora.embedding_cache import cache_folder

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result_lines import append
 
 from edgelora.metrics import paired_bootstrap, recovered_share
 
@@ -48,8 +49,7 @@ def main() -> None:
             continue
         print(f"{number}/{len(drawn)} {task}", file=sys.stderr, flush=True)
         done[task] = run_task(task, adapters, arguments)
-        with arguments.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(done[task]) + "\n")
+        append(arguments.results, done[task])
     print(report([done[task] for task in drawn]))
 
 

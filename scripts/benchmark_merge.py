@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from adapter_benchmark.results import RESULTS, append
+from adapter_benchmark.results import RESULTS, add
 from make_shape import SHAPES, write_gguf_lora
 from measure_memory import anonymous
 
@@ -173,7 +173,7 @@ def main() -> None:
         row["dense"] = papers_product(paths)
         if options.reference_python:
             row["peft"] = pefts_svd(options.reference_python, paths, options.to, shape.n_layer)
-    append(options.results, row)
+    add(options.results, row)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ one BLAS thread, inside the process, after imports; memory is RssAnon.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -22,12 +21,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from adapter_benchmark.results import add
+from adapter_benchmark.scale import RESULTS, read_rows
 from benchmark_merge import watched_memory
 from make_shape import SHAPES, draw_signature
 from numpy.typing import NDArray
+from result_lines import Row
 
 from edgelora.adapters.base import read_base
 from edgelora.adapters.merge import merge_adapters, one_blas_thread
@@ -39,10 +40,7 @@ from edgelora.build.pool import open_pool
 from edgelora.operators.distances import prepare
 from edgelora.operators.heads import attentional
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results" / "scale.jsonl"
 BLOCK = 1024
-Row = dict[str, Any]
 Array = NDArray[np.float64]
 
 
@@ -69,10 +67,7 @@ def main() -> None:
         else:
             rows = simulate(options.where, options.shape, options.counts)
         for row in rows:
-            told = json.dumps(row | {"when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())})
-            print(told, flush=True)
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(told + "\n")
+            add(options.results, row)
 
 
 def measure_bank(folder: Path, shape: str, merges: Sequence[int], rank: int) -> Iterator[Row]:
@@ -197,41 +192,6 @@ def _squared_distances(means: NDArray[np.float16], target: NDArray[np.float32]) 
     """(k,) float64: |mean - target|^2, a block of rows at a time."""
     blocks = (means[at : at + BLOCK].astype(np.float32) for at in range(0, len(means), BLOCK))
     return np.concatenate([((block - target) ** 2).sum(axis=1) for block in blocks]).astype(float)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The newest row of each part, shape, stage, size of bank and number of merged adapters."""
-    newest: dict[tuple[Any, ...], Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # what a killed run left
-        key = tuple(row.get(name) for name in ("part", "shape", "stage", "k", "n"))
-        newest.pop(key, None)
-        newest[key] = row
-    return list(newest.values())
-
-
-def report(rows: Sequence[Row]) -> str:
-    """The tables of docs/scale.md."""
-    parts = []
-    for part, title in (("bank", "A real bank"), ("simulated", "Simulated banks")):
-        lines = [_line(row) for row in rows if row["part"] == part]
-        if lines:
-            head = "| adapters | stage | s | CPU s | MB | |\n|---:|---|---:|---:|---:|---|"
-            parts.append("\n".join([f"**{title}**", "", head, *lines]))
-    return "\n\n".join(parts) or "Not measured yet."
-
-
-def _line(row: Row) -> str:
-    told = []
-    if "n" in row:
-        told.append(f"{row['n']} adapters, error {row['error']:.4f}, excess {row['excess']:.0e}")
-    if "file_bytes" in row:
-        told.append(f"{row['file_bytes'] / 1e9:.3g} GB mapped")
-    cells = [f"{row['k']:,}", row["stage"], f"{row['seconds']:.3f}", f"{row['cpu_seconds']:.3f}"]
-    return f"| {' | '.join([*cells, format(row['anonymous_mb'], '.0f'), ''.join(told)])} |"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

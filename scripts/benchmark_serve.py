@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import psutil
 from build_peers import find_peers, is_built
+from result_lines import append
 from serve_benchmark.facts import SHAPE, Row, Run, about, say, shaped_model, small_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,8 +48,7 @@ def main() -> int:
             row = row | about(run)
             _show(row)
             if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append(options.out, row)
             met &= all(bound["met"] for bound in row["targets"])
     return 0 if met else 1
 

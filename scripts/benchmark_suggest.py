@@ -13,7 +13,6 @@ are skipped, so an interrupted run goes on where it stopped. `make bench-report`
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from bench_report import read_results
+from result_lines import append
 from suggest_benchmark.arms import ARMS, Arm, Matrix, Scores, matrices
 from suggest_benchmark.measuring import cells, combined, judged, quality, tuned
 from suggest_benchmark.queries import Query, lab_queries, row_queries
@@ -50,8 +50,7 @@ def main() -> None:
     for arm in missing:
         print(arm.name, file=sys.stderr, flush=True)
         row = measure(arm, queries, catalogue, counts) | {"seeds": arguments.seeds}
-        with arguments.results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(arguments.results, row)
 
 
 def measure(

@@ -9,6 +9,7 @@ import benchmark_scale
 import make_shape
 import numpy as np
 import pytest
+from adapter_benchmark.scale import read_rows, report
 
 SMALL = make_shape.Shape(2, 64, 96, 4, 2, 400, 128)
 
@@ -30,7 +31,7 @@ def test_a_real_bank_is_measured_stage_by_stage(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert all(row["k"] == 3 and row["seconds"] > 0 for row in rows)
     assert [row["n"] for row in rows[-2:]] == [2, 3] and rows[-1]["error"] > 0
-    assert "| 3 | merge |" in benchmark_scale.report(rows)
+    assert "| 3 | merge |" in report(rows)
 
 
 def test_simulated_banks_are_listed_and_compared(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_the_newest_row_counts_and_half_a_line_does_not(tmp_path: Path) -> None:
     path = tmp_path / "scale.jsonl"
     key = '"part": "bank", "shape": "s", "stage": "ls", "k": 1'
     path.write_text(f'{{{key}, "seconds": 1}}\n{{{key}, "seconds": 2}}\n{{"part": "ba')
-    assert [row["seconds"] for row in benchmark_scale.read_rows(path)] == [2]
+    assert [row["seconds"] for row in read_rows(path)] == [2]
 
 
 def test_the_page_is_the_report_of_the_results() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import builds
 import pico
 import pytest
+from result_lines import append
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "benchmark_gradient_quality.py"
@@ -153,5 +154,5 @@ def test_a_half_written_line_is_measured_again(parts: Any, tmp_path: Path) -> No
     path, measuring = tmp_path / "r.jsonl", parts["measuring"]
     path.write_text(json.dumps(line("a", "base", 5.0)) + '\n{"bed": "b", "task')
     assert len(measuring.read_results(path)) == 1
-    measuring.append(path, line("a", "own", 1.0))
+    append(path, line("a", "own", 1.0))
     assert len(measuring.read_results(path)) == 2

@@ -8,35 +8,24 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from result_lines import Row, append, newest
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "adapters.jsonl"
-Row = dict[str, Any]
 
 
-def append(path: Path, row: Row) -> None:
-    """Print a row and add it to the results."""
+def add(path: Path, row: Row) -> None:
+    """Print a row and add it to the results, with the machine and the time."""
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    told = json.dumps(row | {"machine": machine, "when": when})
-    print(told)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(told + "\n")
+    told = row | {"machine": machine, "when": when}
+    print(json.dumps(told), flush=True)
+    append(path, told)
 
 
 def read_rows(path: Path) -> list[Row]:
     """The newest whole row of each part, shape and number of adapters."""
-    newest: dict[tuple[Any, ...], Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # what a killed run left
-        key = tuple(row.get(name) for name in ("part", "shape", "adapters", "to"))
-        newest.pop(key, None)
-        newest[key] = row
-    return list(newest.values())
+    return newest(path, ("part", "shape", "adapters", "to"))
 
 
 def report(rows: Sequence[Row]) -> str:

@@ -6,7 +6,8 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+from result_lines import Row
 
 from edgelora import metrics
 from edgelora.engine.context import open_context
@@ -17,7 +18,6 @@ from gradient_quality.bed import Case
 
 # Arms that do not depend on the number of labels are measured once.
 WITHOUT_LABELS = ("base", "own")
-Row = dict[str, Any]
 Key = tuple[str, str, int, int, str]
 
 
@@ -107,15 +107,3 @@ def read_results(path: Path) -> dict[Key, Row]:
             except (ValueError, KeyError):
                 continue
     return rows
-
-
-def append(path: Path, row: Row) -> None:
-    """One line more, on a line of its own whatever a killed run left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0, 2)
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")

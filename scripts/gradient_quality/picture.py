@@ -9,8 +9,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from result_lines import Row
 
-from gradient_quality.measuring import Key, Row, labels_of
+from gradient_quality.measuring import Key, labels_of
 
 PASSES = (1, 3, 10)
 CURVES = {"gradient": "coefficients by gradients", "few": "LoRA from scratch, same examples"}

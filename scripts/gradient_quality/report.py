@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from result_lines import Row
 
 from edgelora.metrics import paired_bootstrap
 from gradient_quality.measuring import WITHOUT_LABELS, Key, labels_of
-
-Row = dict[str, Any]
 
 
 def report(rows: dict[Key, Row]) -> str:
