@@ -34,6 +34,25 @@ def fields_used(target: Signature, others: Sequence[Signature]) -> tuple[str, ..
     return ("prompt", "completion")
 
 
+def field_shares(used: Sequence[str], completion_weight: float) -> dict[str, float]:
+    """What each field that is used counts; they sum to 1."""
+    if tuple(used) == ("prompt",):
+        return {"prompt": 1.0}
+    return {"prompt": 1.0 - completion_weight, "completion": completion_weight}
+
+
+def bank_fields(others: Sequence[Signature]) -> dict[str, list[TextDistribution | None]]:
+    """Each field that any of k signatures has: k distributions, None where it is missing.
+
+    Raises:
+        ValueError: there is no signature.
+    """
+    if not others:
+        raise ValueError("a comparison needs at least one signature")
+    fields = {name: [other.fields().get(name) for other in others] for name in FIELDS}
+    return {name: some for name, some in fields.items() if any(some)}
+
+
 def cosine(
     target: Signature,
     others: Sequence[Signature],
@@ -71,8 +90,7 @@ class MomentBank:
     ) -> None:
         self._others = others
         self._weight = completion_weight
-        fields = {name: [other.fields().get(name) for other in others] for name in FIELDS}
-        self._banks = {name: _Gaussians(some) for name, some in fields.items() if any(some)}
+        self._banks = {name: _Gaussians(some) for name, some in bank_fields(others).items()}
 
     def cosine(self, target: Signature) -> Array:
         """See `cosine`; (k,)."""
@@ -260,10 +278,9 @@ def _combine(
     completion_weight: float,
 ) -> Array:
     """The weighted sum of the fields' distances from the target to each other, (k,)."""
-    found = {}
+    found, fields = {}, bank_fields(others)
     for name in fields_used(target, others):
-        own = target.fields()[name]
-        theirs = [other.fields().get(name) for other in others]
+        own, theirs = target.fields()[name], fields[name]
         space = open_space([field for field in theirs if field is not None])
         found[name] = np.array(
             [np.nan if field is None else between(space, own, field) for field in theirs]
@@ -273,9 +290,7 @@ def _combine(
 
 def _weighted(found: Mapping[str, Array], completion_weight: float) -> Array:
     """The weighted sum of the fields' distances, NaN taken as the mean of those that are known."""
-    shares = {"prompt": 1.0 - completion_weight, "completion": completion_weight}
-    if set(found) == {"prompt"}:
-        shares["prompt"] = 1.0
+    shares = field_shares(tuple(found), completion_weight)
     return np.asarray(
         sum(
             shares[name] * np.where(np.isnan(values), np.nanmean(values), values)

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.operators.embedding_distances import COMPLETION_WEIGHT, FIELDS, fields_used, rbf
+from edgelora.operators.embedding_distances import (
+    COMPLETION_WEIGHT,
+    bank_fields,
+    field_shares,
+    fields_used,
+    rbf,
+)
 from edgelora.operators.whitening import sample_space
 from edgelora.signature import Signature, TextDistribution
 
@@ -133,14 +139,11 @@ class MixtureBank:
         *,
         grams: Mapping[str, Array] | None = None,
     ) -> None:
-        if not others:
-            raise ValueError("mixture matching needs at least one signature")
         self._others = others
         self._weight = completion_weight
-        fields = {name: [other.fields().get(name) for other in others] for name in FIELDS}
         known = grams or {}
         self._banks = {
-            name: _Kernels(some, known.get(name)) for name, some in fields.items() if any(some)
+            name: _Kernels(some, known.get(name)) for name, some in bank_fields(others).items()
         }
 
     @property
@@ -168,9 +171,7 @@ class MixtureBank:
     def kernel_means(self, target: Signature) -> tuple[Array, Array, float]:
         """See `kernel_means`."""
         used = fields_used(target, self._others)
-        shares = {"prompt": 1.0 - self._weight, "completion": self._weight}
-        if used == ("prompt",):
-            shares["prompt"] = 1.0
+        shares = field_shares(used, self._weight)
         k = len(self._others)
         gram, cross, own = np.zeros((k, k)), np.zeros(k), 0.0
         for name in used:
