@@ -9,7 +9,7 @@ from click.testing import CliRunner, Result
 
 from edgelora.cli.main import main
 
-posix_only = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one child alone")
+posix_only = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
 
 def run(*words: object, stdin: str | None = None) -> Result:

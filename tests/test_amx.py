@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runner import posix_only
 
 from edgelora.engine import amx, native
-
-linux = pytest.mark.skipif(sys.platform == "win32", reason="signals are of POSIX")
 
 
 def python(code: str) -> list[str]:
@@ -42,7 +41,7 @@ def test_a_pass_is_remembered_until_the_library_changes(library: Path, tmp_path:
     assert runs.read_text() == "xx"
 
 
-@linux
+@posix_only
 def test_a_crash_is_a_warning_that_says_how_to_rebuild(library: Path, tmp_path: Path) -> None:
     cache = tmp_path / "amx.json"
     dies = python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
@@ -53,7 +52,7 @@ def test_a_crash_is_a_warning_that_says_how_to_rebuild(library: Path, tmp_path: 
     assert amx.decide(python("pass"), [library], cache) == warning, "not run again"
 
 
-@linux
+@posix_only
 @pytest.mark.parametrize(
     ("command", "reason"),
     [

@@ -18,13 +18,12 @@ from typing import Any
 import httpx
 import pico
 import pytest
-from cli_runner import run
+from cli_runner import posix_only, run
 
 from edgelora.bases import catalogue
 from edgelora.serve.settings import Settings
 
 COMMAND = [sys.executable, "-m", "edgelora", "serve", "--threads", "1", "--port", "0"]
-posix_only = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 
 @pytest.fixture(scope="module")

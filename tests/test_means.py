@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pico
 import pytest
-from cli_runner import run
+from cli_runner import posix_only, run
 
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.build import means
@@ -114,7 +114,7 @@ def test_a_mean_over_very_many_is_not_rounded_to_nothing(paths: list[Path], tmp_
     assert trial.candidate.coefficients == pytest.approx(np.full(3, 1 / 300_000), rel=1e-2)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no limit there")
+@posix_only
 def test_more_adapters_than_files_may_be_open(paths: list[Path], tmp_path: Path) -> None:
     """A mapped file counts as an open one."""
     import resource

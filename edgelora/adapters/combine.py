@@ -21,7 +21,6 @@ from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.lora_layout import PairPlan
 from edgelora.adapters.lowrank import (
     Factors,
-    dense_norm,
     product_distance,
     product_norm,
     reduced,
@@ -214,8 +213,7 @@ class _Found:
 
 def _make_svd(terms: Terms, rank: int | None) -> Made:
     if terms.is_dense:
-        total, bound = terms.dense()
-        norm = terms.real_norm(dense_norm(total), bound)
+        total, norm = terms.dense()
         if not norm:
             return Made(0, 0.0)
         best = best_of_dense(total, norm, rank)
@@ -234,8 +232,7 @@ def _make_cat(terms: Terms, rank: int | None) -> Made:
 def _make_linear(terms: Terms, rank: int | None) -> Made:
     lora_a, lora_b = _factors_linear(terms)
     if terms.is_dense:
-        total, bound = terms.dense()
-        norm = terms.real_norm(dense_norm(total), bound)
+        total, norm = terms.dense()
         return Made(len(lora_a), norm, product_distance(total, (lora_a, lora_b)))
     stacked_a, stacked_b = terms.stack()
     norm = terms.norm_of((stacked_a, stacked_b))

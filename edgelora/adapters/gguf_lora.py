@@ -34,7 +34,7 @@ from edgelora.adapters.lora_layout import (
     refuse_types,
 )
 from edgelora.errors import EdgeLoRAError, InvalidFile, UnsupportedFile
-from edgelora.files import sha256_of
+from edgelora.files import allow_open_files, sha256_of
 from edgelora.gguf_file import GGUFFile, open_gguf
 
 if TYPE_CHECKING:
@@ -171,6 +171,12 @@ def open_lora(path: Path) -> LoraFile:
         raise InvalidFile(f"{path}: not a sound GGUF LoRA", problems=problems[:20])
     refuse_types(gguf)
     return LoraFile(gguf, record, plan)
+
+
+def open_loras(paths: Sequence[Path]) -> list[LoraFile]:
+    """Open any number of GGUF LoRAs at once, as `open_lora` does each."""
+    allow_open_files(len(paths))
+    return [open_lora(path) for path in paths]
 
 
 def check(lora: LoraFile, base: Base) -> list[str]:

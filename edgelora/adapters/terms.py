@@ -77,12 +77,15 @@ class Terms:
         return _stack(list(self.pairs()))
 
     def dense(self) -> tuple[Float32, float]:
-        """The sum itself, and a bound on its norm.
+        """The sum itself, and its norm as `norm` has it.
 
         The factors are read a few hundred ranks at a time, so memory is that of the sum.
 
         Returns:
-            (out, in) float32; |A| |B| of the stacked factors.
+            (out, in) float32, and a Frobenius norm.
+
+        Raises:
+            InvalidFile: the norm is not a number.
         """
         from scipy.linalg.blas import sgemm
 
@@ -94,13 +97,13 @@ class Terms:
             squares_b += float(np.linalg.norm(lora_b)) ** 2
             # BLAS counts columns first: the transposes are the arrays as they lie, without a copy.
             sgemm(1.0, lora_a.T, lora_b.T, beta=1.0, c=total.T, overwrite_c=True)
-        return total, math.sqrt(squares_a) * math.sqrt(squares_b)
+        bound = math.sqrt(squares_a) * math.sqrt(squares_b)
+        return total, self.real_norm(dense_norm(total), bound)
 
     def norm(self) -> float:
         """The Frobenius norm of the sum; 0 where it is only what cancelling left over."""
         if self.is_dense:
-            total, bound = self.dense()
-            return self.real_norm(dense_norm(total), bound)
+            return self.dense()[1]
         return self.norm_of(self.stack())
 
     def norm_of(self, factors: Factors) -> float:

@@ -20,8 +20,8 @@ from edgelora.adapters.merge import (
 )
 from edgelora.bank.records import signature_path
 from edgelora.build.proposals import Nearness
-from edgelora.build.records import Judgement
-from edgelora.build.trials import Trial, count_tensors
+from edgelora.build.records import Judgement, count_steps
+from edgelora.build.trials import Trial
 from edgelora.build.work import Parts, Work
 from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
@@ -62,7 +62,7 @@ def write_combination(
     Raises:
         EdgeLoRAError: every coefficient is zero.
     """
-    options, pool, tell = work.options, work.pool, work.listener.progress
+    options, pool = work.options, work.pool
     rows = by_tensor or {"": candidate.coefficients * candidate.scale}
     used = np.flatnonzero(np.any([row.reshape(len(row), -1).any(1) for row in rows.values()], 0))
     paths = [pool.paths[i] for i in used]
@@ -77,7 +77,11 @@ def write_combination(
         dtype=options.dtype,
         metadata={"edgelora.template": work.template.key, "edgelora.name": work.out.stem},
         provenance=_account(work, candidate, used.tolist(), nearness) | dict(told or {}),
-        progress=count_tensors("combining the chosen adapters, tensors", paths, tell),
+        progress=count_steps(
+            "combining the chosen adapters, tensors",
+            next((len(open_lora(path).plan) for path in paths), 0),
+            work.listener.progress,
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from edgelora.adapters.base import Base
-from edgelora.adapters.gguf_lora import LoraFile, open_lora
+from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
 from edgelora.build.proposals import count_candidates
 from edgelora.build.records import GradientPlan
@@ -148,7 +148,7 @@ def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
 
 
 def _opened(work: Work) -> tuple[Decoder, list[LoraFile]]:
-    files = [open_lora(path) for path in work.pool.paths]
+    files = open_loras(work.pool.paths)
     try:
         decoder = open_decoder(work.model.base.path, n_threads=work.model.options.threads())
         refuse_misfits(files, decoder.base)

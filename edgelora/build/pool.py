@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from edgelora.adapters.base import BaseIdentity
 from edgelora.bank import Bank, BankRecord
 from edgelora.errors import BankError
-from edgelora.files import allow_open_files
 from edgelora.operators.distances import split_by_signature
 from edgelora.signature import Signature
 
@@ -91,7 +90,6 @@ def open_pool(bank: Bank, identity: BaseIdentity, exclude: Sequence[str]) -> Poo
             hint="Use the base that the adapters were made for, add some with `edgelora bank "
             "add`, or exclude fewer.",
         )
-    allow_open_files(len(records))
     signatures = tuple(
         bank.signature(record.name, identity.id) if record.has_signature else None
         for record in records

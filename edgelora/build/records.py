@@ -239,3 +239,17 @@ class Listener:
     warn: Callable[[str], None] = lambda message: None
     passed: Callable[[PassLoss], None] = lambda losses: None
     keep: Callable[[str], bool] = lambda question: False
+
+
+def count_steps(
+    stage: str, total: int, progress: Callable[[str, int, int], None]
+) -> Callable[[int], None]:
+    """What is called with the steps just done, as progress of a stage of about `total` steps."""
+    done = 0
+
+    def advance(n_steps: int) -> None:
+        nonlocal done
+        done += n_steps
+        progress(stage, done, max(done, total))
+
+    return advance

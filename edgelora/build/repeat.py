@@ -19,6 +19,7 @@ from edgelora.adapters.merge import MergeReport, merge_adapters
 from edgelora.adapters.provenance import PROVENANCE_KEY, read_provenance
 from edgelora.adapters.recipe import Coefficient, Recipe, RecordedSource, read_recipe
 from edgelora.bank import Bank
+from edgelora.build.records import count_steps
 from edgelora.errors import AlreadyExists, EdgeLoRAError, IncompatibleAdapter, InvalidFile, NotFound
 from edgelora.files import allow_open_files, sha256_of
 
@@ -170,13 +171,6 @@ def _merge(
             "the provenance names tensors that no source has", problems=unknown[:20]
         )
     rows = _rows(recipe, names, files)
-    done = 0
-
-    def advance(n_steps: int) -> None:
-        nonlocal done
-        done += n_steps
-        progress("combining", done, len(names))
-
     return merge_adapters(
         files,
         rows,
@@ -188,7 +182,7 @@ def _merge(
         metadata=recipe.facts,
         provenance=recipe.told,
         force=force,
-        progress=advance,
+        progress=count_steps("combining", len(names), progress),
     )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.adapters.merge import MergeReport, merge_adapters
 from edgelora.build.means import write_sum
+from edgelora.build.records import count_steps
 from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import Score, TokenisedExample, count_tokens, mean_loss, score
@@ -103,27 +104,14 @@ def make_trial(
         return Trial(Candidate(name, kept / scale, scale), paths[used[0]])
     path = folder / f"{name.replace(' ', '-')}.gguf"
     values, files = [float(kept[i]) for i in used], [paths[i] for i in used]
-    tell = count_tensors(f"combining {len(used)} adapters, tensors", files, progress)
+    n_tensors = len(open_lora(files[0]).plan)
+    tell = count_steps(f"combining {len(used)} adapters, tensors", n_tensors, progress)
     known = [hashes[i] for i in used] if hashes else []
     if len(set(values)) == 1 and all(known) and known:
         write_sum(files, known, values[0], path, progress=tell)
     else:
         merge_adapters(files, values, path, progress=tell)
     return Trial(Candidate(name, kept), path)
-
-
-def count_tensors(
-    stage: str, paths: Sequence[Path], progress: Callable[[str, int, int], None]
-) -> Callable[[int], None]:
-    """What merge_adapters calls after each tensor, as progress of a stage."""
-    total, done = len(open_lora(paths[0]).plan), 0
-
-    def advance(n_tensors: int) -> None:
-        nonlocal done
-        done += n_tensors
-        progress(stage, done, max(done, total))
-
-    return advance
 
 
 def _decimals(coefficients: Array) -> int:

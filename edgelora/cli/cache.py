@@ -26,9 +26,8 @@ def ls(as_json: bool, **_: Any) -> None:
 
     with open_cache() as cache:
         entries = cache.entries()
-    shelves = {
-        shelf.name: [file.size_bytes for file in shelf.files()] for shelf in (MEANS, KERNELS)
-    }
+    shelves = [(MEANS, "uniform means of adapters"), (KERNELS, "kernels of banks")]
+    sizes = {shelf.name: [file.size_bytes for file in shelf.files()] for shelf, _ in shelves}
     if as_json:
         console.show_json(
             {
@@ -37,11 +36,11 @@ def ls(as_json: bool, **_: Any) -> None:
                 "entries": [vars(entry) for entry in entries],
                 **{
                     shelf.name: {
-                        "n": len(shelves[shelf.name]),
-                        "size_bytes": sum(shelves[shelf.name]),
+                        "n": len(sizes[shelf.name]),
+                        "size_bytes": sum(sizes[shelf.name]),
                         "cap_bytes": shelf.cap_bytes,
                     }
-                    for shelf in (MEANS, KERNELS)
+                    for shelf, _ in shelves
                 },
             }
         )
@@ -52,10 +51,9 @@ def ls(as_json: bool, **_: Any) -> None:
     used = sum(entry.size_bytes for entry in entries) / 1e6
     cap = DEFAULT_CAP_BYTES / 1e6
     console.say(console.safe(f"{cache_folder()}: {used:.1f} MB of at most {cap:.0f} MB"))
-    for title, shelf in (("uniform means of adapters", MEANS), ("kernels of banks", KERNELS)):
-        sizes = shelves[shelf.name]
+    for shelf, title in shelves:
         console.say(
-            f"{title}: {len(sizes)}, {sum(sizes) / 1e6:.1f} MB of at most "
+            f"{title}: {len(sizes[shelf.name])}, {sum(sizes[shelf.name]) / 1e6:.1f} MB of at most "
             f"{shelf.cap_bytes / 1e6:.0f} MB"
         )
 

@@ -42,15 +42,13 @@ def command(
 
     Example: edgelora merge a.gguf:0.7 b.gguf:-0.3 -o c.gguf
     """
-    from edgelora.adapters.gguf_lora import open_lora
+    from edgelora.adapters.gguf_lora import open_loras
     from edgelora.adapters.merge import merge_adapters
-    from edgelora.files import allow_open_files
 
     paths, weights = zip(*map(parse_weighted, adapters), strict=True)
     if any(path.resolve() == out.resolve() for path in paths):
         raise click.UsageError(f"{out} is one of the adapters: write to another file.")
-    allow_open_files(len(paths))
-    files = [open_lora(path) for path in paths]
+    files = open_loras(paths)
     n_tensors = len({name for file in files for name in file.names})
     with console.progress("combining", n_tensors) as advance:
         report = merge_adapters(

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from edgelora.adapters.base import Base, read_base
-from edgelora.adapters.gguf_lora import LoraFile, open_lora
+from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.bank.adding import REFUSED, add_many
 from edgelora.bank.embedding import open_embedder
 from edgelora.bank.opening import open_bank
@@ -76,7 +76,7 @@ class Case:
     @cached_property
     def adapters(self) -> list[LoraFile]:
         """The pool's files, opened."""
-        return [open_lora(path) for path in self.pool.paths]
+        return open_loras(self.pool.paths)
 
     @cached_property
     def own(self) -> Path:

@@ -173,7 +173,8 @@ def _stop(
     if len(measured) > 1 and both:
         best = {c: min(without[n][c]["loss"] for n in measured) for c in both}
         above = [row["loss"] - best[c] for c, row in both.items()]
-        gaps = [rows[bed, *c, 0, "base"]["loss"] - rows[bed, *c, 0, "own"]["loss"] for c in both]
+        base, own = (_of(rows, bed, labels, both, arm) for arm in WITHOUT_LABELS)
+        gaps = [base[c]["loss"] - own[c]["loss"] for c in both]
         lines.append(
             f"  Its loss on the test lines is above the least of those after "
             f"{', '.join(map(str, measured))} passes by {sum(above) / sum(gaps):.3f} of the gap "
