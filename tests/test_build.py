@@ -272,6 +272,7 @@ def test_an_existing_file_is_refused_and_untouched(
     assert out.read_bytes() == b"mine" and not decoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", ["embedding your examples", "measuring adapters", "trying candidates",
               "comparing with the base"]

@@ -140,6 +140,7 @@ def test_a_drain_is_bounded(base: Path) -> None:
         assert "were cut off" in server.stderr
 
 
+@pytest.mark.slow
 @posix_only
 def test_a_second_signal_ends_at_once(base: Path) -> None:
     with started("--base", base, "--slots", 1, "--context", 32768) as server:
@@ -151,6 +152,7 @@ def test_a_second_signal_ends_at_once(base: Path) -> None:
             assert server.end(signal.SIGTERM) == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 @posix_only
 def test_it_can_be_ended_while_it_loads(base: Path, tmp_path: Path) -> None:
     slow = tmp_path / "sitecustomize.py"
@@ -183,6 +185,7 @@ def test_a_crash_of_the_engine_turns_health_red_and_exits_with_1(
         assert "the engine broke" in server.stderr
 
 
+@pytest.mark.slow
 def test_a_bank_is_known_and_loaded_on_demand(base: Path, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     for seed, name in enumerate(("one", "two")):

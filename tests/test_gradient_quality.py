@@ -57,6 +57,7 @@ def run(bed: Path, results: Path, *words: str) -> subprocess.CompletedProcess[st
     )
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_arm_and_goes_on(bed: Path, tmp_path: Path) -> None:
     results = tmp_path / "r.jsonl"
     words = ["--tasks", "task1", "--n-test", "5", "--exact"]

@@ -84,6 +84,7 @@ def run_benchmark(name: str, results: Path, *more: object) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.slow
 def test_the_merge_benchmark_runs(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     sizes = ["--adapters", 2, "--rank", 2, "--to", 2]
@@ -94,6 +95,7 @@ def test_the_merge_benchmark_runs(tmp_path: Path) -> None:
     assert "| smollm2-135m | 2 of rank 2 to 2 |" in table
 
 
+@pytest.mark.slow
 def test_the_conversion_benchmark_runs(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     told = run_benchmark("convert", results, "--adapters", 2, "--workspace", tmp_path)
