@@ -85,6 +85,10 @@ class HubUnreachable(HubError):
     """The Hub does not answer: trying the next file would fail in the same way."""
 
 
+class ClusterError(EdgeLoRAError):
+    """A scheduler and its workers that cannot do the work: absent, gone, or set up otherwise."""
+
+
 class AlreadyExists(EdgeLoRAError):
     """An output that would be overwritten without --force."""
 

@@ -23,6 +23,8 @@ RESERVED = {
     "llama_cpp": {"engine"},
     "click": {"cli"},
     "rich": {"cli"},
+    "distributed": {"cluster"},
+    "dask": {"cluster"},
     "torch": set(),
     "transformers": set(),
     "peft": set(),

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgelora.bank import Bank, BankRecord, Facts, open_bank
-from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome, add_many
+from edgelora.bank.adding import (
+    ADDED,
+    ALREADY_THERE,
+    REFUSED,
+    SIGNED,
+    Each,
+    Embed,
+    Outcome,
+    add_many,
+    one_by_one,
+)
 from edgelora.bank.requests import make_requests
 from edgelora.bank.store import with_template
 from edgelora.cli import console
 from edgelora.cli.signatures import signatures
+
+if TYPE_CHECKING:
+    from edgelora.adapters.base import Base
 
 TYPES = ("f16", "f32", "bf16", "q8_0")
 
@@ -48,6 +62,7 @@ command.add_command(signatures)
 @click.option("--source", help="Where its data comes from.")
 @click.option("--type", "dtype", type=click.Choice(TYPES), default="f16", help="Of the tensors.")
 @click.option("--name", help="Its name in the bank (default: the folder's).")
+@click.option("--scheduler", help="Embed on the workers of this Dask scheduler: tcp://HOST:PORT.")
 @json_option
 @console.common_options
 def add(
@@ -86,12 +101,12 @@ def _add(
     prompt_key: str | None,
     completion_key: str | None,
     dtype: str,
+    scheduler: str | None,
     threads: int,
     seed: int,
     **facts: str | None,
 ) -> list[Outcome]:
     from edgelora.adapters.base import read_base
-    from edgelora.bank.embedding import open_embedder
     from edgelora.bases import resolve
     from edgelora.datasets.read import read_dataset
 
@@ -103,17 +118,34 @@ def _add(
     bank = open_bank(bank_path, create=True)
     read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
     with (
-        open_embedder(
-            base.path,
-            n_threads=threads,
-            seed=seed,
-            warn=lambda text: console.warn(console.safe(text)),
-        ) as embed,
+        _open_embedder(base, scheduler, threads, seed) as (embed, each),
         console.progress("adding adapters", len(requests)) as advance,
     ):
         return refused + add_many(
-            bank, base, requests, embed=embed, dtype=dtype, progress=advance, read_data=read
-        )
+            bank, base, requests, embed=embed, each=each, dtype=dtype, progress=advance,
+            read_data=read,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _open_embedder(
+    base: Base, scheduler: str | None, threads: int, seed: int
+) -> Iterator[tuple[Embed, Each]]:
+    """How data is embedded: here, or on the workers of a scheduler."""
+    from edgelora.bank.embedding import open_embedder
+    from edgelora.bank.remote import open_remote_embedder
+    from edgelora.hub.offline import require_network
+
+    def warn(text: str) -> None:
+        console.warn(console.safe(text))
+
+    if scheduler is None:
+        with open_embedder(base.path, n_threads=threads, seed=seed, warn=warn) as embed:
+            yield embed, one_by_one
+        return
+    require_network("--scheduler")
+    with open_remote_embedder(base, scheduler, n_threads=threads, seed=seed, warn=warn) as remote:
+        yield remote
 
 
 def _show_outcomes(outcomes: Sequence[Outcome]) -> None:

@@ -1,0 +1,163 @@
+"""Signatures made on the workers of a Dask scheduler, each with a base of its own kept open.
+
+The bank and the datasets stay where they are: this process reads them, sends the examples, takes
+signatures back and writes. A worker needs EdgeLoRA and the base, at the same path as here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelora import __version__
+from edgelora.adapters.base import Base, read_base
+from edgelora.bank.adding import Each, Embed
+from edgelora.bank.embedding import open_embedder
+from edgelora.cluster import open_cluster, tell
+from edgelora.datasets.records import Dataset
+from edgelora.errors import ClusterError, EdgeLoRAError
+from edgelora.signature import Signature
+from edgelora.summarise import EMBEDDING
+
+# A worker that has nothing to embed gives the memory of the base back.
+IDLE_S = 60.0
+
+
+@contextlib.contextmanager
+def open_remote_embedder(
+    base: Base,
+    scheduler: str,
+    *,
+    n_threads: int = 0,
+    seed: int = 0,
+    warn: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[Embed, Each]]:
+    """Yield what `add_many` takes as `embed` and `each`; every worker is looked at first.
+
+    Args:
+        scheduler: its address, e.g. `tcp://host:8786`.
+        n_threads: of each worker; 0 means all physical cores of its machine.
+
+    Raises:
+        ClusterError: no scheduler, no worker, or one without the same EdgeLoRA and base.
+    """
+    embed = RemoteEmbed.of(base, n_threads, seed)
+    with open_cluster(scheduler, warn) as cluster:
+        cluster.check(embed.check)
+        yield embed, cluster.each
+
+
+@dataclass(frozen=True)
+class RemoteEmbed:
+    """An Embed that runs on a worker. It travels; the base does not.
+
+    Attributes:
+        base: absolute path of the GGUF.
+        base_id, size_bytes: which model and which file of it. Files of equal size whose weights
+            were quantised differently are NOT told apart.
+        version, embedding: how this EdgeLoRA embeds.
+    """
+
+    base: str
+    base_id: str
+    size_bytes: int
+    n_threads: int
+    seed: int
+    version: str = __version__
+    embedding: str = EMBEDDING
+
+    @classmethod
+    def of(cls, base: Base, n_threads: int, seed: int) -> RemoteEmbed:
+        """For a base of this machine."""
+        path = base.path.absolute()
+        return cls(str(path), base.identity.id, path.stat().st_size, n_threads, seed)
+
+    def check(self) -> None:
+        """Whether this process would embed as the one does that asks.
+
+        Raises:
+            ClusterError: another version of EdgeLoRA, or another base or none at the path.
+        """
+        if (self.version, self.embedding) != (__version__, EMBEDDING):
+            raise ClusterError(
+                f"EdgeLoRA {__version__} ({EMBEDDING}), not {self.version} ({self.embedding})"
+            )
+        path = Path(self.base)
+        try:
+            found = (read_base(path).identity.id, path.stat().st_size)
+        except (EdgeLoRAError, OSError) as error:
+            text = error.what if isinstance(error, EdgeLoRAError) else str(error)
+            raise ClusterError(f"the base cannot be read there: {text}") from error
+        if found != (self.base_id, self.size_bytes):
+            raise ClusterError(
+                f"{path}: another base than here ({found[0]}, {found[1]} bytes; "
+                f"not {self.base_id}, {self.size_bytes} bytes)"
+            )
+
+    def __call__(self, what: Dataset | str) -> Signature:
+        signature, warnings = _desk().embed(self, what)
+        for warning in warnings:
+            tell(warning)
+        return signature
+
+
+@functools.cache
+def _desk() -> _Desk:
+    """The one of this process."""
+    return _Desk()
+
+
+class _Desk:
+    """The base that a worker keeps open between calls.
+
+    One thread does all the work: a context of llama.cpp and a connection to SQLite belong to the
+    thread that made them, and Dask calls from any.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgelora-embed")
+        self._stack = contextlib.ExitStack()
+        self._opened: tuple[RemoteEmbed, Embed] | None = None
+        self._warnings: list[str] = []
+        self._n_calls = 0
+
+    def embed(self, how: RemoteEmbed, what: Dataset | str) -> tuple[Signature, tuple[str, ...]]:
+        """The signature, and what the engine had to say when it was opened."""
+        return self._thread.submit(self._embed, how, what).result()
+
+    def _embed(self, how: RemoteEmbed, what: Dataset | str) -> tuple[Signature, tuple[str, ...]]:
+        self._n_calls += 1
+        try:
+            return self._open(how)(what), tuple(self._warnings)
+        finally:
+            timer = threading.Timer(IDLE_S, self._rest, [self._n_calls])
+            timer.daemon = True
+            timer.start()
+
+    def _open(self, how: RemoteEmbed) -> Embed:
+        if self._opened is None or self._opened[0] != how:
+            self._close()
+            how.check()
+            opened = open_embedder(
+                Path(how.base), n_threads=how.n_threads, seed=how.seed, warn=self._warnings.append
+            )
+            self._opened = how, self._stack.enter_context(opened)
+        return self._opened[1]
+
+    def _close(self) -> None:
+        self._opened = None
+        self._warnings.clear()
+        self._stack.close()
+
+    def _rest(self, n_calls: int) -> None:
+        def close_if_idle() -> None:
+            if self._n_calls == n_calls:
+                self._close()
+
+        with contextlib.suppress(RuntimeError):  # the process is ending
+            self._thread.submit(close_if_idle)
