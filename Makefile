@@ -7,6 +7,8 @@ TORCH ?= torch
 DEMO_ARGS ?=
 SERVE_ARGS ?=
 SOAK_ARGS ?=
+KILL_ARGS ?=
+FUZZ_ARGS ?=
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
@@ -59,8 +61,10 @@ test-clients: setup-clients ## the server with clients that others wrote, the pa
 	@test -f build/demo/returns.gguf || $(CLIENTS)/edgelora demo --quick
 	@$(CLIENTS)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
-soak: setup ## 2,000 mixed requests to the server: no leak, no stuck slot, answers as alone
+soak: setup ## 2,000 requests to the server, 200 kills of commands, 20,000 files changed at random
 	@$(BIN)/python scripts/soak.py $(SOAK_ARGS)
+	@$(BIN)/python scripts/kill_test.py $(KILL_ARGS)
+	@$(BIN)/python scripts/fuzz.py $(FUZZ_ARGS)
 
 check: setup ## the gate: ruff, mypy --strict, import direction
 	@$(BIN)/ruff check .

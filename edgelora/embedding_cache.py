@@ -68,7 +68,7 @@ class EmbeddingCache:
                 row = self._connection.execute(
                     "SELECT vector FROM embedding WHERE key = ?", (key,)
                 ).fetchone()
-                found.append(np.frombuffer(row[0], np.float32) if row else None)
+                found.append(_vector(row[0]) if row else None)
         return found
 
     def put(self, model: str, texts: Sequence[Sequence[int]], vectors: NDArray[np.float32]) -> None:
@@ -171,6 +171,14 @@ def _explained(path: Path) -> Iterator[None]:
             f"{path}: the cache of embeddings is damaged ({error})",
             hint="Delete the file: it is never the only copy of anything.",
         ) from error
+
+
+def _vector(stored: object) -> NDArray[np.float32] | None:
+    """What a row holds; None where damage that SQLite did not notice made it no vector."""
+    if not isinstance(stored, bytes) or not stored or len(stored) % 4:
+        return None
+    vector = np.frombuffer(stored, np.float32)
+    return vector if np.isfinite(vector).all() else None
 
 
 def _key(model: str, text: Sequence[int]) -> bytes:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import platform
+import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from edgelora.errors import AlreadyExists, BankError
+from edgelora.errors import AlreadyExists, BankError, EdgeLoRAError
 
 TEMPORARY_PREFIX = ".edgelora-tmp-"
 _OWN_FILES = 256
+_CLOCK_SLACK_S = 600.0  # that a file server's clock may be wrong
 
 
 @contextlib.contextmanager
 def publish(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success fsync it and rename it into place.
 
-    On any exception (Ctrl-C included) the temporary file is removed and nothing is published.
+    On any exception (Ctrl-C included) the temporary file is removed and nothing is published. What
+    a killed process left of the same file is removed first.
 
     Raises:
         AlreadyExists: `path` exists and `force` is false (checked before and after the work).
     """
     _refuse_existing(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(6)}-{path.name}")
+    remove_leftovers(path)
+    temporary = _temporary(path)
     try:
         yield temporary
         _refuse_existing(path, force)
@@ -43,6 +50,41 @@ def write_atomic(path: Path, data: bytes, *, force: bool = True) -> None:
     """Write `data` to `path` so that readers see the old bytes or the new, never a mixture."""
     with publish(path, force=force) as temporary:
         temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """A folder beside the file `path`, for what is needed until that is made; removed at the end.
+
+    What a killed process left of one is removed first.
+
+    Raises:
+        EdgeLoRAError: another process of this machine has such a folder, so it makes that file now.
+        OSError: nothing can be written there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    folder = _temporary(path)
+    folder.mkdir()
+    try:
+        _refuse_others(path, folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove temporary files and folders for `path` whose process has ended on this machine.
+
+    Those of a process that runs, or of another machine that shares the folder, are left alone.
+    """
+    for leftover, owner in _owned(path):
+        if _is_abandoned(leftover, owner):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):  # another process has just removed it
+                    leftover.unlink()
 
 
 def sha256_of(path: Path) -> str:
@@ -82,6 +124,48 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _temporary(path: Path) -> Path:
+    """A new name that tells whose it is: the machine's hash and the process's number."""
+    owner = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f"{TEMPORARY_PREFIX}{owner}-{path.name}")
+
+
+@functools.cache
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _owned(path: Path) -> list[tuple[Path, int]]:
+    """Temporary files and folders for `path` of this machine, each with its process's number."""
+    start = re.escape(f"{TEMPORARY_PREFIX}{_machine()}-")
+    name = re.compile(rf"{start}(\d{{1,9}})-\w{{8}}-{re.escape(path.name)}")
+    found = ((entry, name.fullmatch(entry.name)) for entry in path.parent.iterdir())
+    return [(entry, int(match[1])) for entry, match in found if match]
+
+
+def _refuse_others(path: Path, own: Path) -> None:
+    for other, owner in _owned(path):
+        if other != own and other.is_dir():
+            raise EdgeLoRAError(
+                f"{path}: another process ({owner}) is making this file",
+                hint=f"Wait for it, or choose another name. If it is none of EdgeLoRA's, delete "
+                f"{other}",
+            )
+
+
+def _is_abandoned(leftover: Path, owner: int) -> bool:
+    import psutil
+
+    try:
+        # A process that began after the file was written last has only taken the number over.
+        started = psutil.Process(owner).create_time()
+        return bool(started > leftover.stat().st_mtime + _CLOCK_SLACK_S)
+    except psutil.NoSuchProcess:
+        return True
+    except (psutil.Error, OSError):
+        return False
 
 
 def _refuse_existing(path: Path, force: bool) -> None:

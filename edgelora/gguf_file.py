@@ -88,7 +88,7 @@ class Metadata(Mapping[str, Any]):
         if entry.item_kind is None:
             return entry.value
         if entry.item_kind is GGUFValueType.STRING:
-            return self._strings(entry)
+            return [text.decode("utf-8", errors="replace") for text in self.raw_strings(key)]
         raw = self._data[entry.items : entry.end]
         return np.frombuffer(raw.tobytes(), dtype=np.dtype(_SCALARS[entry.item_kind]))
 
@@ -106,13 +106,22 @@ class Metadata(Mapping[str, Any]):
         """Every entry but the arrays, in file order."""
         return {key: entry.value for key, entry in self._entries.items() if not entry.item_kind}
 
-    def _strings(self, entry: _Entry) -> list[str]:
+    def raw_strings(self, key: str) -> list[bytes]:
+        """The bytes of each text of an array, whatever they encode.
+
+        Raises:
+            KeyError: no such entry.
+            TypeError: it is no array of texts.
+        """
+        entry = self._entries[key]
+        if entry.item_kind is not GGUFValueType.STRING:
+            raise TypeError(f"{key} is not an array of texts")
         raw = self._data[entry.items : entry.end].tobytes()
         strings = []
         at = 0
         for _ in range(entry.count):
             (length,) = struct.unpack_from("<Q", raw, at)
-            strings.append(raw[at + 8 : at + 8 + length].decode("utf-8", errors="replace"))
+            strings.append(raw[at + 8 : at + 8 + length])
             at += 8 + length
         return strings
 
@@ -152,7 +161,8 @@ class GGUFFile:
         if plain is not None:
             return self.raw(name).view(plain).reshape(info.shape)
         try:
-            return dequantize(self.raw(name), info.ggml_type).reshape(info.shape)
+            with np.errstate(over="ignore", invalid="ignore"):  # a block's scale may be infinite
+                return dequantize(self.raw(name), info.ggml_type).reshape(info.shape)
         except NotImplementedError as error:
             raise UnsupportedFile(
                 f"{self.path}: {name} has type {info.ggml_type.name}, which cannot be read"

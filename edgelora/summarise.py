@@ -137,7 +137,8 @@ def embed_cached(
     # The file's size tells quantisations of one model apart: their embeddings differ a little.
     model_key = f"{context.model.base.identity.id}-{context.model.base.path.stat().st_size}"
     stored = cache.get(model_key, distinct)
-    missing = [i for i, vector in enumerate(stored) if vector is None]
+    n_embd = context.model.n_embd
+    missing = [i for i, vector in enumerate(stored) if vector is None or len(vector) != n_embd]
     for begin in range(0, len(missing), _CHUNK):
         part = missing[begin : begin + _CHUNK]
         fresh = embed(context, [distinct[i] for i in part])

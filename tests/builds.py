@@ -52,6 +52,7 @@ class World:
 @contextlib.contextmanager
 def own_world(folder: Path) -> Iterator[World]:
     """A world in `folder`, made with a cache of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGELORA_CACHE", str(folder / "cache"))
         yield make_world(folder)

@@ -69,7 +69,9 @@ def test_what_may_pass_is_not_remembered(
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", '{"libraries": 3}', '{"reason": null}'])
+@pytest.mark.parametrize(
+    "damage", ["", "[]", "{", "[" * 100_000, '{"libraries": 3}', '{"reason": null}']
+)
 def test_a_damaged_cache_is_made_anew(damage: str, library: Path, tmp_path: Path) -> None:
     cache = tmp_path / "amx.json"
     cache.write_text(damage)

@@ -248,7 +248,9 @@ def test_500_adapters_are_listed_without_opening_one(
     assert bank.records() == first
 
 
-@pytest.mark.parametrize("damage", ["delete", "garbage", "empty", "truncate", "version", "rows"])
+@pytest.mark.parametrize(
+    "damage", ["delete", "garbage", "empty", "truncate", "version", "rows", "types"]
+)
 def test_a_lost_or_damaged_index_changes_no_listing(
     damage: str, tmp_path: Path, bank: Bank, base: Base
 ) -> None:
@@ -266,8 +268,11 @@ def test_a_lost_or_damaged_index_changes_no_listing(
     else:
         database = sqlite3.connect(index)
         with database:
-            database.execute("PRAGMA user_version = 99" if damage == "version"
-                             else "UPDATE adapter SET record = '[1]'")  # fmt: skip
+            database.execute({
+                "version": "PRAGMA user_version = 99",
+                "rows": "UPDATE adapter SET record = '[1]'",
+                "types": "UPDATE adapter SET record = json_set(record, '$.licence', 7)",
+            }[damage])  # fmt: skip
         database.close()
     assert bank.records() == before
     assert bank.listing().warnings == () and index.exists()
@@ -390,6 +395,7 @@ def test_a_bank_is_opened_only_where_there_is_one(tmp_path: Path) -> None:
         ('{"format": "edgelora-bank", "version": 2}', "format 2; this EdgeLoRA reads format 1"),
         ('{"format": "photos", "version": 1}', "describes 'photos'"),
         ("[]", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         ("", "cannot be read"),
         ('{"format": "edgelora-bank"}', "cannot be read"),
     ],

@@ -126,6 +126,8 @@ def test_what_is_for_one_folder_is_refused_for_two(tmp_path: Path, base_path: Pa
     [
         ("{", "{parent}/train.jsonl", "cannot be read as JSON"),
         ("[]", "{parent}/train.jsonl", "not a JSON object"),
+        ("[" * 100_000, "{parent}/train.jsonl", "cannot be read as JSON"),
+        ('{"source": "\\ud800"}', "{parent}/train.jsonl", "source is not valid Unicode"),
         ('{"licence": 3}', "{parent}/train.jsonl", "licence is neither a text nor a list"),
         ("{}", "{parent}/absent.jsonl", "no dataset matches {parent}/absent.jsonl"),
         ("{}", "{parent}/*.json*", "2 files match"),

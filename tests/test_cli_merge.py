@@ -176,6 +176,18 @@ def test_a_hostile_provenance_is_a_warning(folder: Path, tmp_path: Path, text: s
         assert result.exit_code == 0 and "provenance cannot be read" in result.stderr
 
 
+def test_what_an_adapter_says_of_its_base_is_kept_where_it_is_text(
+    folder: Path, tmp_path: Path
+) -> None:
+    facts = {"edgelora.base.id": "0123456789ab", "edgelora.base.shapes": -(2**31)}
+    path = pico.write_random_lora(tmp_path / "x.gguf", folder / "base.gguf", metadata=facts)
+    result = run("merge", f"{path}:0.5", "-o", tmp_path / "y.gguf")
+    assert result.exit_code == 0, result.output
+    metadata = open_lora(tmp_path / "y.gguf").metadata
+    kept = {key: value for key, value in metadata.items() if key in facts}
+    assert kept == {"edgelora.base.id": "0123456789ab"}
+
+
 def test_text_of_a_file_is_never_obeyed(folder: Path, tmp_path: Path) -> None:
     source = {"name": "\x1b[2J[red]x", "coefficient": 10**400, "licence": ["\x07"], "sha256": 5}
     facts = {

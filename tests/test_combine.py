@@ -291,7 +291,13 @@ def test_adapters_that_do_not_go_together() -> None:
     combine("svd", [adapter(1), other], [1.0, 0.0])
     with pytest.raises(UnsupportedFile, match="ranks 4, 2"):
         combine("linear", [adapter(1), adapter(2, rank=2)], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("method", ["svd", "cat"])
+@pytest.mark.parametrize("value", [np.inf, np.nan, 1e20])
+def test_values_that_no_norm_can_be_computed_of(method: str, value: float) -> None:
+    """Their tensor is not taken for one whose updates cancelled out."""
     broken = adapter(2)
-    broken.pair("y").lora_a[0, 0] = np.inf
+    broken.pair("y").lora_a[0, 0] = value
     with pytest.raises(InvalidFile, match="y: an adapter holds NaN or infinite"):
-        combine("svd", [broken], [1.0])
+        combine(method, [broken], [1.0])

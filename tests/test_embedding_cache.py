@@ -30,6 +30,18 @@ def test_what_was_put_is_got_also_by_the_next_process(tmp_path: Path) -> None:
         assert cache.entries() == [CacheEntry("m", 3, 48)]
 
 
+def test_a_row_that_holds_no_vector_is_computed_again(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as cache:
+        cache.put("m", TEXTS, VECTORS)
+    for damage in ("substr(vector, 1, 7)", "'text'", "x''", "x'0000c07f'"):
+        database = sqlite3.connect(file_of(tmp_path))
+        with database:
+            database.execute(f"UPDATE embedding SET vector = {damage}")
+        database.close()
+        with open_cache(tmp_path) as cache:
+            assert cache.get("m", TEXTS) == [None, None, None]
+
+
 def test_above_the_cap_the_oldest_go_first(tmp_path: Path) -> None:
     with open_cache(tmp_path, cap_bytes=40) as cache:  # a vector has 16 bytes: two fit
         cache.put("m", TEXTS[:2], VECTORS[:2])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from edgelora.adapters.patterns import why_refused
 from edgelora.adapters.peft_config import REFUSED, PeftConfig, parse_config
 
 PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -97,13 +98,18 @@ def test_each_refused_option_is_named(key: str) -> None:
         ({"lora_alpha": None}, "lora_alpha is not"),
         ({"rank_pattern": {"q_proj": -1}}, "q_proj is not"),
         ({"alpha_pattern": {"q_proj": "2"}}, "q_proj is not"),
-        ({"alpha_pattern": {"(": 2}}, "alpha_pattern is not"),
+        ({"alpha_pattern": {"(": 2}}, "alpha_pattern has the pattern"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is not"),
-        ({"target_modules": "("}, "target_modules is not"),
+        ({"target_modules": "("}, "is no regular expression"),
         ({"target_modules": [1]}, "target_modules is not"),
         ({"layers_to_transform": ["0"]}, "layers_to_transform is not"),
-        ({"layers_pattern": "("}, "layers_pattern is not"),
+        ({"layers_pattern": "("}, "layers_pattern has the pattern"),
         ({"use_rslora": "no"}, "use_rslora is not"),
+        ({"target_modules": "(a+)+$"}, "could take forever"),
+        ({"exclude_modules": "(.*.*.*.*.*.*)!"}, "could take forever"),
+        ({"rank_pattern": {"(a|a)*b": 4}}, "could take forever"),
+        ({"layers_pattern": ["(.*)*"]}, "could take forever"),
+        ({"rank_pattern": {str(i): 4 for i in range(10_001)}}, "at most 10,000 patterns"),
     ],
 )
 def test_each_bad_value_is_named(changes: dict[str, Any], words: str) -> None:
@@ -119,3 +125,27 @@ def test_harmless_options_are_quiet_and_unknown_ones_are_not() -> None:
     config_of(init_lora_weights=True, runtime_config={"x": 1}, qalora_group_size=16)
     warnings = parse_config(PLAIN | {"use_flux": True, "use_later": None})[2]
     assert [("use_flux" in warning) for warning in warnings] == [True]
+
+
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj|linear).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))"
+)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [UNSLOTH, r"^(?!.*visual).*(?:q_proj|k_proj).*", r".*\.(\d+)\..*\.(q|k|v)_proj", "a{3}"],
+)
+def test_patterns_that_tools_write_are_matched(pattern: str) -> None:
+    assert why_refused(pattern) == ""
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(a?)*", "(a|a)*b", "(?:(?:a{1,9}){1,9})!", "a?" * 30 + "a" * 30, "(a|a)" * 30,
+     "(?=(a+)+b)", ".*" * 5 + "x", "(?>(a+)+)", "(a)?(?(1)(b+)+|c)", "a" * 60_000],
+)  # fmt: skip
+def test_patterns_that_could_take_forever_are_refused(pattern: str) -> None:
+    assert why_refused(pattern)

@@ -177,6 +177,12 @@ HOSTILE = {
     "widths": lambda data: rewrite(data, completion__mean=np.zeros(25, np.float32)),
     "negative variance": lambda data: rewrite(data, prompt__variances=-np.ones(4, np.float32)),
     "sample": lambda data: rewrite(data, prompt__sample=np.zeros((0, N_PROJECTED), HALF)),
+    "a mean that overflows": lambda data: rewrite(data, prompt__mean=np.full(24, 1e30, "f4")),
+    "a basis beyond float16": lambda data: rewrite(
+        data, prompt__basis=np.full((23, 24), 1e30, "f4")
+    ),
+    "a scale that overflows": lambda data: rewrite(data, {"prompt": [40, 0.0, 1e300]}),
+    "a variance that overflows": lambda data: rewrite(data, {"prompt": [40, 1e300, 1.0]}),
     "not zlib": lambda data: rewrite(data, histogram=np.zeros(30, np.uint8)),
 }
 

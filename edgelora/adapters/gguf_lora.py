@@ -308,7 +308,8 @@ def _factors(
     if found != planned or lora_b.shape[1] != planned.rank:
         raise ValueError(f"planned {planned}, got {found}")
     if alpha is None:
-        lora_b = lora_b.astype(np.float32) * np.float32(pair.scale)
+        with np.errstate(over="ignore"):  # an infinity is refused where it is encoded
+            lora_b = lora_b.astype(np.float32) * np.float32(pair.scale)
     elif not math.isclose(pair.scale, alpha / pair.rank, rel_tol=1e-6):
         raise ValueError(f"{pair.name}: scale {pair.scale} is not {alpha} / {pair.rank}")
     return (lora_b, lora_a.T) if planned.name == EMBEDDING else (lora_a, lora_b)

@@ -118,9 +118,15 @@ def rank_for(values: Float64, rank: int | None, norm: float | None = None) -> in
 
 
 def product_norm(lora_b: Float32, lora_a: Float32) -> float:
-    """The Frobenius norm of `lora_b @ lora_a` through the two small Gram matrices in float64."""
+    """The Frobenius norm of `lora_b @ lora_a` through the two small Gram matrices in float64.
+
+    NaN where a factor holds NaN or infinity.
+    """
     b, a = lora_b.astype(np.float64), lora_a.astype(np.float64)
-    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(((b.T @ b) * (a @ a.T)).sum())
+    # Not max(0.0, square), which is 0 where square is NaN.
+    return 0.0 if square < 0 else math.sqrt(square)
 
 
 def product_distance(matrix: Float32, factors: Factors) -> float:

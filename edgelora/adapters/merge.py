@@ -202,7 +202,8 @@ def _inherited(files: Sequence[LoraFile]) -> tuple[dict[str, Scalar], tuple[str,
     if known is None:
         warnings.append("no adapter records the base that it was made for")
     else:
-        facts |= {k: v for k, v in known.metadata.items() if k.startswith(BASE_PREFIX)}
+        own = ((k, v) for k, v in known.metadata.items() if k.startswith(BASE_PREFIX))
+        facts |= {k: v for k, v in own if isinstance(v, str)}
     return facts, tuple(warnings)
 
 

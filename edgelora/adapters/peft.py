@@ -36,6 +36,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 MAX_NOTES = 3
+MAX_MODULE = 200  # characters; a pattern of the config is matched against each name
 
 # `.default` is the adapter's name, which PEFT removes when it saves and others do not.
 _LINEAR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?P<adapter>\.[^.]+)?\.weight")
@@ -194,6 +195,9 @@ def _pair_up(
             continue
         layout = "peft" if match.re is _LINEAR else "peft embedding"
         module = match["module"].removeprefix("base_model.model.")
+        if len(module) > MAX_MODULE:
+            findings.unsupported.append(f"{module[:MAX_MODULE]}...: unknown module")
+            continue
         sides = modules.setdefault((module, layout), {})
         sides.setdefault(match["side"], []).append(name)
     pairs = []

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelora.adapters.patterns import compiled, why_refused
 from edgelora.errors import InvalidFile
 
 # Options that change what the adapter computes, in a way that a GGUF LoRA cannot express.
@@ -45,6 +45,8 @@ USED = frozenset(
     "rank_pattern target_modules task_type use_rslora".split()
 )
 
+MAX_PATTERNS = 10_000
+MAX_SHOWN = 200
 _SUFFIX = r"(.*\.)?({})$"
 _LAYER = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
 _ANY_LAYER = r".*?\.[^.]*\.(?P<layer>\d+)\."
@@ -82,7 +84,7 @@ class PeftConfig:
         return {
             alpha
             for key, alpha in self.alpha_pattern.items()
-            if re.match(_SUFFIX.format(key), module)
+            if compiled(_SUFFIX.format(key)).match(module)
         }
 
     def scale_of(self, module: str, rank: int) -> float:
@@ -98,7 +100,7 @@ class PeftConfig:
         if self.target_modules == "all-linear":
             return module != "lm_head"
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
+            return compiled(self.target_modules).fullmatch(module) is not None
         if module in self.target_modules:
             return True
         return _has_suffix(module, self.target_modules) and self._transforms(module)
@@ -107,7 +109,7 @@ class PeftConfig:
         if not self.layers_to_transform:
             return True
         patterns = [_LAYER.format(name) for name in self.layers_pattern] or [_ANY_LAYER]
-        matches = (re.match(pattern, module) for pattern in patterns)
+        matches = (compiled(pattern).match(module) for pattern in patterns)
         layer = next((int(match["layer"]) for match in matches if match), None)
         return layer in self.layers_to_transform
 
@@ -161,15 +163,15 @@ def parse_config(raw: Mapping[str, Any]) -> tuple[PeftConfig | None, list[str], 
 def _refusals(raw: Mapping[str, Any]) -> list[str]:
     problems = [f"uses {what}" for key, what in REFUSED.items() if raw.get(key)]
     if raw.get("peft_type") != "LORA":
-        problems.append(f"its peft_type is {raw.get('peft_type')!r}, only LORA is supported")
+        problems.append(f"its peft_type is {shown(raw.get('peft_type'))}, only LORA is supported")
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"its task_type is {raw['task_type']!r}, only CAUSAL_LM is supported")
+        problems.append(f"its task_type is {shown(raw['task_type'])}, only CAUSAL_LM is supported")
     if raw.get("bias") not in (None, "none"):
-        problems.append(f"trains biases (bias = {raw['bias']!r})")
+        problems.append(f"trains biases (bias = {shown(raw['bias'])})")
     init = raw.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         problems.append(
-            f"init_lora_weights {init!r} changed the base's weights: save it with "
+            f"init_lora_weights {shown(init)} changed the base's weights: save it with "
             "path_initial_model_for_weight_conversion to get a plain LoRA"
         )
     return problems
@@ -185,7 +187,7 @@ class _Fields:
 
     def wrong(self, key: str, what: str, value: object) -> None:
         self.failed = True
-        self.problems.append(f"adapter_config.json: {key} is not {what}: {value!r}")
+        self.problems.append(f"adapter_config.json: {key} is not {what}: {shown(value)}")
 
     def rank(self, key: str, value: object) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -201,15 +203,18 @@ class _Fields:
 
     def patterns(self, key: str) -> list[tuple[str, Any]]:
         value = self.raw.get(key) or {}
-        if isinstance(value, dict) and all(_compiles(_SUFFIX.format(item)) for item in value):
-            return list(value.items())
-        self.wrong(key, "a mapping from patterns to numbers", value)
-        return []
+        if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
+            self.wrong(key, f"a mapping from at most {MAX_PATTERNS:,} patterns to numbers", value)
+            return []
+        bad = [item for item in value if self.refuses(key, item, _SUFFIX)]
+        return [] if bad else list(value.items())
 
     def names_or_pattern(self, key: str) -> str | tuple[str, ...] | None:
         value = self.raw.get(key)
-        if value is None or (isinstance(value, str) and _compiles(value)):
+        if value is None or (isinstance(value, str) and not self.refuses(key, value)):
             return value
+        if isinstance(value, str):
+            return None
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
         self.wrong(key, "a list of names or a pattern", value)
@@ -226,24 +231,31 @@ class _Fields:
     def layer_names(self) -> tuple[str, ...]:
         value = self.raw.get("layers_pattern") or []
         names = [value] if isinstance(value, str) else value
-        if isinstance(names, list) and all(
-            isinstance(name, str) and _compiles(_LAYER.format(name)) for name in names
-        ):
-            return tuple(names)
-        self.wrong("layers_pattern", "a list of patterns", value)
-        return ()
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            self.wrong("layers_pattern", "a list of patterns", value)
+            return ()
+        bad = [name for name in names if self.refuses("layers_pattern", name, _LAYER)]
+        return () if bad else tuple(names)
+
+    def refuses(self, key: str, pattern: str, template: str = "{}") -> bool:
+        """Whether a pattern cannot be matched, which is then a problem of its field."""
+        why = why_refused(pattern, template)
+        if why:
+            self.failed = True
+            self.problems.append(
+                f"adapter_config.json: {key} has the pattern {shown(pattern)}: {why}"
+            )
+        return bool(why)
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True
+def shown(value: object) -> str:
+    """A value of a config for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."
 
 
 def _first_match(patterns: Mapping[str, object], module: str) -> str:
-    return next((key for key in patterns if re.match(_SUFFIX.format(key), module)), module)
+    return next((key for key in patterns if compiled(_SUFFIX.format(key)).match(module)), module)
 
 
 def _has_suffix(module: str, names: tuple[str, ...]) -> bool:
@@ -252,5 +264,5 @@ def _has_suffix(module: str, names: tuple[str, ...]) -> bool:
 
 def _excludes(names: str | tuple[str, ...], module: str) -> bool:
     if isinstance(names, str):
-        return bool(names) and re.fullmatch(names, module) is not None
+        return bool(names) and compiled(names).fullmatch(module) is not None
     return _has_suffix(module, names)

@@ -66,7 +66,6 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         with path.open("rb") as file:
             size_bytes = path.stat().st_size
             start = file.read(1024)
-            _refuse_impostors(path, start)
             header = start[8:] + file.read(max(0, _header_size(path, start, size_bytes) - 1016))
     except OSError as error:
         raise InvalidFile(f"{path}: cannot be read ({error.strerror})") from error
@@ -118,6 +117,8 @@ def _header_size(path: Path, start: bytes, size_bytes: int) -> int:
     n_header = int.from_bytes(start[:8], "little")
     if len(start) >= 8 and 2 <= n_header <= min(size_bytes - 8, MAX_HEADER_BYTES):
         return n_header
+    # Only now: the bytes of a header's length may be any letters.
+    _refuse_impostors(path, start)
     what = f"promises a header of {n_header} bytes" if len(start) >= 8 else "is too short"
     raise InvalidFile(
         f"{path}: truncated or not a safetensors file: it {what} and has {size_bytes} bytes",

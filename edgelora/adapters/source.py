@@ -31,6 +31,8 @@ from edgelora.errors import IncompatibleAdapter, InvalidFile, UnsupportedFile
 
 Array = NDArray[np.floating]
 
+MAX_PROBLEMS = 100
+
 # (first, second) as stored -> lora_a (r, in), lora_b (out, r). An embedding's update is
 # (vocabulary, embedding) like its weight, whichever way the tool multiplies.
 LAYOUTS: dict[str, Callable[[Array, Array], tuple[Array, Array]]] = {
@@ -73,6 +75,8 @@ class Findings:
     def raise_problems(self, folder: Path, base: Base) -> None:
         """Raise one error that lists every problem, if there is any."""
         problems = [*self.unsupported, *self.damaged, *self.misfits]
+        if len(problems) > MAX_PROBLEMS:
+            problems[MAX_PROBLEMS:] = [f"and {len(problems) - MAX_PROBLEMS} more"]
         if self.unsupported:
             raise UnsupportedFile(f"{folder}: cannot be converted", problems=problems)
         if self.damaged:
@@ -195,11 +199,16 @@ def _check(
     findings.misfits += mismatches
     if pair.rank == 0:
         findings.damaged.append(f"{stored.module}: its rank is 0")
-    for key, array in ((stored.first, pair.lora_a), (stored.second, pair.lora_b)):
-        if not is_finite(array):
-            findings.damaged.append(f"{key}: holds NaN or infinite values")
+    damaged = [
+        f"{key}: holds NaN or infinite values"
+        for key, array in ((stored.first, pair.lora_a), (stored.second, pair.lora_b))
+        if not is_finite(array)
+    ]
+    findings.damaged += damaged
     if mismatches:
         return [], False
+    if damaged:
+        return [], True
     changes = stored.scale != 0 and bool(pair.lora_b.any()) and bool(pair.lora_a.any())
     return [PairPlan(name, pair.rank, pair.lora_a.shape[1], pair.lora_b.shape[0])], changes
 

@@ -93,8 +93,8 @@ class Terms:
         squares_a = squares_b = 0.0
         for chunk in self._chunks():
             lora_a, lora_b = _stack(chunk)
-            squares_a += float(np.linalg.norm(lora_a)) ** 2
-            squares_b += float(np.linalg.norm(lora_b)) ** 2
+            squares_a += _norm(lora_a) ** 2
+            squares_b += _norm(lora_b) ** 2
             # BLAS counts columns first: the transposes are the arrays as they lie, without a copy.
             sgemm(1.0, lora_a.T, lora_b.T, beta=1.0, c=total.T, overwrite_c=True)
         bound = math.sqrt(squares_a) * math.sqrt(squares_b)
@@ -116,7 +116,7 @@ class Terms:
         Raises:
             InvalidFile: it is not a number.
         """
-        bound = math.prod(float(np.linalg.norm(factor)) for factor in factors)
+        bound = math.prod(_norm(factor) for factor in factors)
         self._refuse_nonfinite(bound)
         return bound
 
@@ -131,7 +131,9 @@ class Terms:
 
     def _refuse_nonfinite(self, norm: float) -> None:
         if not math.isfinite(norm):
-            raise InvalidFile(f"{self.name}: an adapter holds NaN or infinite values")
+            raise InvalidFile(
+                f"{self.name}: an adapter holds NaN or infinite values, or some too large to square"
+            )
 
     def _chunks(self) -> Iterator[list[tuple[LoraPair, NDArray[np.float64]]]]:
         chunk: list[tuple[LoraPair, NDArray[np.float64]]] = []
@@ -167,7 +169,14 @@ def terms_of(
 
 
 def _stack(terms: Sequence[tuple[LoraPair, NDArray[np.float64]]]) -> Factors:
-    lora_a, lora_b = stacked([pair for pair, _ in terms])
     factors = [weight * pair.scale for pair, weight in terms]
-    lora_b *= np.concatenate(factors).astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is refused by the norm
+        lora_a, lora_b = stacked([pair for pair, _ in terms])
+        lora_b *= np.concatenate(factors).astype(np.float32)
     return lora_a, lora_b
+
+
+def _norm(factor: Float32) -> float:
+    """Infinite where a square is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.linalg.norm(factor))

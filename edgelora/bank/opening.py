@@ -33,7 +33,7 @@ def open_bank(path: Path, *, create: bool = False) -> Bank:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         kind, version = content["format"], content["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BankError(f"{manifest}: cannot be read as a bank's description ({error})") from error
     if kind != FORMAT:
         raise BankError(f"{manifest}: describes {kind!r}, not a bank")

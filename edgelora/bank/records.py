@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SUFFIX = ".gguf"
 SIGNATURE_SUFFIX = ".signature.safetensors"
 _PREFIX = "edgelora."
+_NUMBERS = ("size_bytes", "n_tensors")
 _REQUIRED = ("base.id", "base.architecture", "base.shapes", "base.tokenizer", "base.norms")
 
 
@@ -182,5 +183,10 @@ def load_record(text: str, path: Path, signatures: tuple[str, ...]) -> BankRecor
     stored = {
         field.name: values[field.name] for field in fields(BankRecord)[:-1] if field.name != "path"
     }
-    stored["ranks"] = tuple(stored["ranks"])
+    stored["ranks"] = tuple(map(int, stored["ranks"]))
+    for key, value in stored.items():
+        if key != "ranks" and type(value) is not (int if key in _NUMBERS else str):
+            raise TypeError(f"{key} is {value!r}")
+    if stored["name"] != path.name.removesuffix(SUFFIX):
+        raise ValueError(f"the record of {stored['name']}")
     return replace(BankRecord(path=path, **stored), signatures=signatures)

@@ -57,7 +57,7 @@ def _read_card(folder: Path, pattern: str | None, given: Facts) -> tuple[str | N
         return None, given
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidFile(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(card, dict):
         raise InvalidFile(f"{path}: not a JSON object")
@@ -72,7 +72,10 @@ def _text(path: Path, key: str, value: object) -> str:
     parts: Sequence[object] = value if isinstance(value, list) else [value]
     if not all(isinstance(part, str) for part in parts):
         raise InvalidFile(f"{path}: {key} is neither a text nor a list of texts")
-    return ", ".join(str(part) for part in parts)
+    text = ", ".join(str(part) for part in parts)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidFile(f"{path}: {key} is not valid Unicode (a lone surrogate)")
+    return text
 
 
 def _find(folder: Path, pattern: str | None) -> Path | None:

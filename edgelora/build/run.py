@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -41,7 +40,7 @@ from edgelora.engine.model import Model
 from edgelora.engine.prepare import tokenise_examples
 from edgelora.engine.score import TokenisedExample, mean_loss
 from edgelora.errors import AlreadyExists, DatasetError, EdgeLoRAError, NoImprovement
-from edgelora.files import publish
+from edgelora.files import publish, working_folder
 from edgelora.gradient.descent import OBJECTIVES
 from edgelora.gradient.variables import WEIGHTS
 from edgelora.operators import arbiter
@@ -66,7 +65,8 @@ def build(
         BankError: no adapter of the bank is for this base.
         NoImprovement: nothing beat the base on the user's own examples; nothing is written.
         DatasetError: too few examples to measure anything.
-        EdgeLoRAError: a budget too small for the comparisons, or an operator that lacks its input.
+        EdgeLoRAError: a budget too small for the comparisons, an operator that lacks its input, a
+            full disk, or another process that makes the same file.
     """
     options, listener = options or Options(), listener or Listener()
     _refuse_unknown(options)
@@ -78,9 +78,15 @@ def build(
     work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
     for message in find_warnings(pool, template.key):
         work.warn(message)
-    if dataset.has_completions:
-        return _build_measured(work, dataset)
-    return _build_unmeasured(work, dataset)
+    build_it = _build_measured if dataset.has_completions else _build_unmeasured
+    try:
+        with working_folder(out) as folder:
+            return build_it(work, dataset, folder)
+    except OSError as error:
+        raise EdgeLoRAError(
+            f"{out}: not written: {error.strerror or error} ({error.filename or 'while writing'})",
+            hint="Make room, or choose a folder that can be written to, and run it again.",
+        ) from error
 
 
 def _refuse_unknown(options: Options) -> None:
@@ -107,7 +113,7 @@ def _refuse_unknown(options: Options) -> None:
         raise EdgeLoRAError("an objective is for gradients", hint="Add --refine gradient.")
 
 
-def _build_measured(work: Work, dataset: Dataset) -> Built:
+def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     split = split_examples(dataset.examples, seed=work.options.seed)
     parts = tokenise_parts(work, split)
     reserve_comparisons(work, parts)
@@ -116,7 +122,6 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
         nearness, measured, shown = measure_parts(work, split, parts)
         known = measured if measured.positions else None
         proposals = propose(work.pool, nearness, known, work.options.operator)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
         context = stack.enter_context(open_context(work.model))
         trials = stack.enter_context(_trials(context))
         _try(work, context, proposals, shown, folder, trials)
@@ -125,7 +130,7 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
         with publish(work.out, force=work.options.force) as temporary:
             merge = write_trial(work, trial, nearness, temporary)
             judgement = judge(work, context, temporary, parts)
-    keep_signature(work, nearness)
+            keep_signature(work, nearness)
     losses = {t.candidate.name: t.loss for t in trials}
     built = _built(work, trial, nearness, measured, losses, merge)
     return replace(
@@ -133,7 +138,7 @@ def _build_measured(work: Work, dataset: Dataset) -> Built:
     )
 
 
-def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
+def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
     """Without completions: by distances, or gradients of an objective that needs none."""
     operator = _refuse_without_completions(work)
     texts = tokenise_examples(work.model, work.template, dataset.examples)
@@ -143,7 +148,6 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
             nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
         work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
         ((name, coefficients),) = propose(work.pool, nearness, None, operator)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgelora-")))
         trial, refined = _make(work, name, coefficients, folder), None
         if steps is not None:
             trial, refined = refine(
@@ -153,7 +157,7 @@ def _build_unmeasured(work: Work, dataset: Dataset) -> Built:
             merge = write_trial(work, trial, nearness, temporary)
             with open_context(work.model) as context, applied(context, temporary):
                 pass  # loading it is the check: a file that llama.cpp refuses is not published
-    keep_signature(work, nearness)
+            keep_signature(work, nearness)
     return replace(_built(work, trial, nearness, None, {}, merge), refined=refined)
 
 

@@ -34,7 +34,7 @@ class _Bar:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = min(options.max_width, _MAX_BAR)
         span = (self.high - self.low) or 1.0
-        left = round(width * -self.low / span)
+        left = round(-self.low / span * width)  # divided first: either may be near the largest
         n_cells = abs(self.value) / span * width
         block = "#" if options.ascii_only else "█"
         if self.value < 0:

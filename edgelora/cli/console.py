@@ -36,6 +36,15 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
 _drawn: list[Progress] = []
+_ROOM = "Make room on the disk, then run the same command again."
+_MAY_NOT = "Choose a folder that you may write to, or change its permissions."
+_WHAT_TO_DO = {
+    errno.ENOSPC: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EACCES: _MAY_NOT,
+    errno.EPERM: _MAY_NOT,
+    errno.EROFS: _MAY_NOT,
+}
 
 
 def _bar(*counts: ProgressColumn, transient: bool) -> Progress:
@@ -216,6 +225,8 @@ def with_exit_codes(command: Callable[..., Any], verbose: bool = False) -> Calla
                 err.print_exception()
             err.quiet = False
             err.print("[red]error:[/red]", safe(str(error)), soft_wrap=True)
+            if error.errno in _WHAT_TO_DO:
+                err.print(_WHAT_TO_DO[error.errno])
             raise SystemExit(1) from error
         except KeyboardInterrupt as error:
             err.quiet = False

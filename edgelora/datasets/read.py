@@ -210,7 +210,8 @@ def _parquet_records(path: Path) -> Iterator[Numbered]:
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    # to_pylist makes Python's own values, which have bounds and time zones of their own.
+    except (pyarrow.ArrowException, ValueError, OverflowError, KeyError, TypeError) as error:
         raise DatasetError(f"damaged parquet after row {number}: {error}") from error
 
 

@@ -53,7 +53,7 @@ def decide(command: Sequence[str], libraries: Iterable[Path], cache: Path) -> st
 def _cached(cache: Path, key: object) -> str | None:
     try:
         stored = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(stored, dict) or stored.get("libraries") != key:
         return None

@@ -17,6 +17,7 @@ import psutil
 from edgelora.adapters import gguf_lora
 from edgelora.adapters.base import Base, read_base
 from edgelora.engine import amx, native
+from edgelora.engine.loadable import refuse_unloadable
 from edgelora.engine.tokens import Vocabulary
 from edgelora.errors import EngineError, IncompatibleAdapter, NotFound
 
@@ -144,6 +145,7 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
     """
     options = options or ModelOptions()
     base = read_base(path)
+    refuse_unloadable(base)
     native.start()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0

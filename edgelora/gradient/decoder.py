@@ -54,7 +54,10 @@ class PassOptions:
 
 
 class Decoder:
-    """A llama, qwen2 or qwen3 base whose weights stay in their file."""
+    """A llama, qwen2 or qwen3 base whose weights stay in their file.
+
+    Where weights are so large that values overflow, losses are not finite and nothing is warned.
+    """
 
     def __init__(self, base: Base, model: Hyperparameters, weights: Weights) -> None:
         self.base = base
@@ -72,6 +75,7 @@ class Decoder:
         linears = Linears(self.weights, updates)
         return Head(linears, self.model).logits(self._hidden(pack, linears, lambda n_blocks: None))
 
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def losses(
         self,
         examples: Sequence[TokenisedExample],
@@ -97,6 +101,7 @@ class Decoder:
             np.add.at(values, pack.owners, losses)
         return _scores(values, examples)
 
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def gradients(
         self,
         examples: Sequence[TokenisedExample],

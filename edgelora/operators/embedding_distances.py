@@ -259,14 +259,15 @@ def _transport_cost(x: Array, y: Array, regularisation: float) -> float:
     from scipy.spatial.distance import cdist
 
     cost = cdist(x, y, "sqeuclidean")
-    plan = sinkhorn_log(
-        np.full(len(x), 1 / len(x)),
-        np.full(len(y), 1 / len(y)),
-        cost,
-        regularisation,
-        numItermax=2_000,
-        stopThr=1e-6,
-    )
+    with np.errstate(over="ignore"):  # steps on the way, where points are very far apart
+        plan = sinkhorn_log(
+            np.full(len(x), 1 / len(x)),
+            np.full(len(y), 1 / len(y)),
+            cost,
+            regularisation,
+            numItermax=2_000,
+            stopThr=1e-6,
+        )
     return float((plan * cost).sum())
 
 

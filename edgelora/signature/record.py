@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 N_PROJECTED = 32
 MAX_D = 65_536
 MAX_DESCRIPTION = 2_000
+MAX_VALUE = 1e12  # hidden states reach 25,000; distances square what they are given, twice
 _PROJECTION_LABEL = b"EdgeLoRA random projection, version 1"
 
 
@@ -139,6 +140,11 @@ def _field_problems(field: TextDistribution, d: int) -> list[str]:
     scalars = (field.residual_variance, field.sample_scale)
     if not (all(np.isfinite(a).all() for a in arrays) and all(map(math.isfinite, scalars))):
         problems.append("NaN or infinity")
+    elif (
+        max(float(np.abs(field.mean).max()), field.sample_scale) > MAX_VALUE
+        or max(*field.variances.tolist(), field.residual_variance, 0.0) > MAX_VALUE**2
+    ):
+        problems.append(f"values beyond {MAX_VALUE:g}, which no embedding has")
     if (field.variances < 0).any() or field.residual_variance < 0 or field.sample_scale <= 0:
         problems.append("a negative variance, or a scale that is not positive")
     if field.n < m or q > min(d, max(field.n - 1, 0)):

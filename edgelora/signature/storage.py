@@ -128,15 +128,16 @@ def _parse_field(
     for key, array in arrays.items():
         if array.dtype not in (np.float16, np.float32):
             raise TypeError(f"{name}.{key} has type {array.dtype}")
-    return TextDistribution(
-        n=_integer(n),
-        mean=arrays["mean"].astype(np.float32),
-        basis=arrays["basis"].astype(np.float16),
-        variances=arrays["variances"].astype(np.float32),
-        residual_variance=float(residual_variance),
-        sample=arrays["sample"].astype(np.float16),
-        sample_scale=float(sample_scale),
-    )
+    with np.errstate(over="ignore", invalid="ignore"):  # an infinity is found by find_problems
+        return TextDistribution(
+            n=_integer(n),
+            mean=arrays["mean"].astype(np.float32),
+            basis=arrays["basis"].astype(np.float16),
+            variances=arrays["variances"].astype(np.float32),
+            residual_variance=float(residual_variance),
+            sample=arrays["sample"].astype(np.float16),
+            sample_scale=float(sample_scale),
+        )
 
 
 def _integer(value: object) -> int:

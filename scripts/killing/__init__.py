@@ -1,0 +1,1 @@
+"""Commands to be killed, and what has to be true afterwards."""
