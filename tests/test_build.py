@@ -20,7 +20,8 @@ from edgelora.bank import Facts, open_bank
 from edgelora.bank.records import signature_path
 from edgelora.build import Built, Listener, Options, Plan, build
 from edgelora.datasets.read import read_dataset
-from edgelora.datasets.records import Dataset
+from edgelora.datasets.records import Dataset, Example
+from edgelora.datasets.split import split_examples
 from edgelora.engine.context import Context, Row, open_context
 from edgelora.engine.model import Model, WeightedAdapter, open_model
 from edgelora.engine.prepare import model_template, tokenise_examples
@@ -155,22 +156,67 @@ def test_what_is_written_loads_helps_and_tells_how_it_was_made(
 def test_the_judgement_is_that_of_the_file(world: World, model: Model, out: Path) -> None:
     """With one selection and judged part (under 24 examples) the numbers can be taken again."""
     dataset = read_dataset(world.helped, limit=20)
-    built = run(model, world.bank, dataset, out)
+    built = run(model, world.bank, dataset, out, Options(operator="halving"))
     assert built.judgement is not None and built.verdict is not None
     assert built.judgement.part == "selection part, optimistic"
     assert built.judgement.n_examples == 6
     assert built.judgement.base_loss == pytest.approx(built.verdict.base_loss, abs=1e-6)
-
-    from edgelora.datasets.split import split_examples
-
     part = split_examples(dataset.examples, seed=0).selection
+    again = loss_of(model, out, part)
+    assert built.judgement.adapter_loss == pytest.approx(again, abs=1e-4)
+
+
+def loss_of(model: Model, path: Path, part: Sequence[Example]) -> float:
     examples = tokenise_examples(model, model_template(model), part)
     with open_context(model) as context:
-        context.apply([WeightedAdapter(out)])
-        again = mean_loss(score(context, examples))
+        context.apply([WeightedAdapter(path)])
+        loss = mean_loss(score(context, examples))
         context.apply([])
-        model.unload(out)
-    assert built.judgement.adapter_loss == pytest.approx(again, abs=1e-4)
+        model.unload(path)
+    return loss
+
+
+def test_few_examples_are_all_used_and_cross_validated(
+    world: World, model: Model, out: Path, decoded: list[int]
+) -> None:
+    dataset = read_dataset(world.helped, limit=16)
+    ear = Ear()
+    built = run(model, world.bank, dataset, out, ear=ear)
+    assert sum(decoded) == built.n_tokens
+    judged, verdict = built.judgement, built.verdict
+    assert judged is not None and verdict is not None
+    assert (judged.part, judged.n_examples) == ("cross-validated", 16)
+    assert (ear.plans[0].n_support, ear.plans[0].n_selection) == (16, 0)
+    (row,) = [row for row in verdict.table if row.name == built.chosen]
+    assert judged.adapter_loss == pytest.approx(row.loss)
+    # The file has seen all of the examples; what is told is the loss of those that had not.
+    assert judged.adapter_loss < judged.base_loss
+    assert loss_of(model, out, dataset.examples) < judged.adapter_loss + 0.02
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_very_few_examples_end_in_a_file_or_in_a_reason(
+    n: int, world: World, model: Model, out: Path, tmp_path: Path
+) -> None:
+    dataset = read_dataset(world.helped, limit=n)
+    built = run(model, world.bank, dataset, out, FORCED)
+    assert built.judgement is not None and built.judgement.n_examples == n
+    assert open_lora(out).names and not list((tmp_path / "tmp").iterdir())
+
+
+def test_answers_without_a_pattern_are_not_learnt_by_heart(
+    world: World, model: Model, out: Path, tmp_path: Path
+) -> None:
+    """Coefficients fit these 12 answers, and others' no better than the base does."""
+    lines = [json.loads(line) for line in world.helped.read_text().splitlines()[:12]]
+    rng = np.random.default_rng(0)
+    answers = [" ".join(rng.choice(list("bcdfgjklmpqrtvwxz"), 3)) for _ in lines]
+    data = builds.write_lines(tmp_path / "d.jsonl", [e["prompt"] for e in lines], answers)
+    built = run(model, world.bank, data, out, FORCED)
+    assert built.verdict is not None
+    fitted = [t for t in built.verdict.table if t.name.startswith("surrogate")]
+    for row in fitted:
+        assert row.loss > built.support_losses[row.name]
 
 
 def test_same_inputs_same_bytes_with_a_cold_and_a_warm_cache(
@@ -205,7 +251,7 @@ def test_the_budget_is_kept(
     assert sum(decoded) == built.n_tokens <= budget
     assert ear.plans[0].n_tokens <= budget
     if budget < 16_000:
-        assert any("scale could be tried" in message for message in built.warnings)
+        assert any("every scale and step" in message for message in built.warnings)
 
 
 def test_a_small_budget_embeds_and_measures_less_and_says_so(

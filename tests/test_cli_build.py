@@ -158,10 +158,22 @@ def test_without_completions_it_says_what_it_could_not_measure(
     assert told["judged"] is None and told["selection_losses"] == {}
 
 
-def test_few_examples_are_called_optimistic(world: World, tmp_path: Path) -> None:
+def test_few_examples_are_cross_validated(world: World, tmp_path: Path) -> None:
     data = tmp_path / "few.jsonl"
     data.write_text("".join(world.helped.read_text().splitlines(keepends=True)[:20]))
     result = run(*words(world, data, tmp_path / "a.gguf"))
+    assert result.exit_code == 0, result.output
+    assert "loss on 20 examples (cross-validated)" in result.stdout
+    assert "20 examples to find coefficients (support), and by cross-validation" in result.stderr
+    assert "cross-validated" in result.stdout.splitlines()[1] + result.stdout.splitlines()[2]
+
+
+def test_few_examples_of_a_search_that_sees_them_all_are_called_optimistic(
+    world: World, tmp_path: Path
+) -> None:
+    data = tmp_path / "few.jsonl"
+    data.write_text("".join(world.helped.read_text().splitlines(keepends=True)[:20]))
+    result = run(*words(world, data, tmp_path / "a.gguf", "--operator", "halving"))
     assert result.exit_code == 0, result.output
     assert "loss on 6 examples (selection part, optimistic)" in result.stdout
     assert "6 to choose (selection), none untouched" in result.stderr

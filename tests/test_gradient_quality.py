@@ -19,8 +19,8 @@ from result_lines import append
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "benchmark_gradient_quality.py"
-ARMS = ["base", "own", "mean", "forward", "gradient-1", "gradient-cv", "few-1", "polish-1",
-        "gradient-1 start=forward n_sources=2 ranked_at=mean"]  # fmt: skip
+ARMS = ["base", "own", "mean", "forward", "forward-2", "gradient-1", "gradient-cv", "few-1",
+        "polish-1", "gradient-1 start=forward n_sources=2 ranked_at=mean"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def run(bed: Path, results: Path, *words: str) -> subprocess.CompletedProcess[st
 def test_a_run_measures_every_arm_and_goes_on(bed: Path, tmp_path: Path) -> None:
     results = tmp_path / "r.jsonl"
     words = ["--tasks", "task1", "--n-test", "5", "--exact"]
-    first = run(bed, results, *words, "--arms", *ARMS[:4])
+    first = run(bed, results, *words, "--arms", *ARMS[:5])
     assert first.returncode == 0, first.stderr
     before = results.read_text()
     done = run(bed, results, *words, "--arms", *ARMS)
@@ -110,7 +110,11 @@ def test_settings_of_an_arm(parts: Any) -> None:
     }  # fmt: skip
     assert parse("gradient-cv n_folds=4").keywords == {"n_folds": 4}
     assert parse("polish-3").keywords == {"n_first": 3, "n_passes": 7}
-    for wrong in ("gradient", "gradient-x", "few-cv", "base rank=3", "few-3 weights=layer",
+    assert parse("forward-3 operator=cma budget=9").keywords == {
+        "n": 3, "operator": "cma", "budget": 9,
+    }  # fmt: skip
+    for wrong in ("gradient", "gradient-x", "forward-x", "forward-2 rank=3", "forward operator=cma",
+                  "forward-2 operator=none", "few-cv", "base rank=3", "few-3 weights=layer",
                   "gradient-3 start=own", "gradient-3 ranked_at=own"):  # fmt: skip
         with pytest.raises(ValueError, match="no (arm|setting)"):
             parse(wrong)

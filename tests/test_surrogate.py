@@ -126,3 +126,81 @@ def test_the_minimum_is_that_of_a_method_without_derivatives(case: Case, penalty
 def test_a_large_penalty_keeps_the_start_and_a_small_one_improves(case: Case) -> None:
     np.testing.assert_allclose(case.fit(1e6), case.start, atol=1e-4)
     assert case.loss(case.fit(0.01), 0.0) < case.loss(case.start, 0.0)
+
+
+def test_a_step_from_a_point_is_the_fit_of_the_moved_problem(case: Case) -> None:
+    """Linear states: a step from any point, with its penalty, is the fit with the start moved."""
+    deltas = case.adapters - case.base
+    point = np.array([0.4, -0.2, 0.1])
+    at = (case.base + np.tensordot(point, deltas, axes=1)).astype(np.float32)
+    step = surrogate.fit_step(
+        at, deltas, case.targets, case.head, start=case.start - point, penalty=0.3, max_steps=200
+    )
+    np.testing.assert_allclose(point + step, case.fit(0.3, max_steps=200), atol=2e-3)
+
+
+def test_linearising_again_reaches_the_minimum_of_a_curved_loss(case: Case) -> None:
+    """States that bend with the coefficients: steps end where scipy finds the true minimum."""
+    deltas = (case.adapters - case.base).astype(float)
+
+    def states(w: Array) -> Array:
+        return np.tanh(case.base + np.tensordot(w, deltas, axes=1))
+
+    def loss(w: Array) -> float:
+        rows = log_softmax(states(w) @ case.head.T.astype(float), axis=1)
+        return float(-rows[np.arange(20), case.targets].mean())
+
+    w, losses = np.zeros(3), [loss(np.zeros(3))]
+    for _ in range(30):
+        here = states(w)
+        slopes = np.array([(states(w + 0.01 * e) - here) / 0.01 for e in np.eye(3)])
+        step = surrogate.fit_step(
+            here.astype(np.float32), slopes.astype(np.float32), case.targets, case.head,
+            start=np.zeros(3), penalty=0.05,
+        )  # fmt: skip
+        fraction, found = surrogate.shrink(lambda f, w=w, s=step: loss(w + f * s), losses[-1])
+        w = w + fraction * step
+        losses.append(found)
+    assert all(b <= a for a, b in zip(losses, losses[1:], strict=False))
+    reference = min(
+        minimize(loss, start, method="Nelder-Mead", options={"maxiter": 4000}).fun
+        for start in (np.zeros(3), w)
+    )
+    assert losses[-1] == pytest.approx(reference, abs=2e-3)
+
+
+def test_held_out_losses_are_those_of_fits_without_the_fold(case: Case) -> None:
+    """Five examples of four tokens in two folds: typed anew with the public fit."""
+    owners = np.repeat(np.arange(5), 4)
+    deltas = case.adapters - case.base
+    start = np.zeros(3)
+    found = surrogate.held_out_losses(
+        case.base, deltas, case.targets, case.head, owners, start=start, penalties=(0.05, 2.0)
+    )
+    for penalty, told in zip((0.05, 2.0), found, strict=True):
+        total = 0.0
+        for out in (np.isin(owners, (0, 2, 4)), np.isin(owners, (1, 3))):
+            part = Case(
+                case.base[~out], case.adapters[:, ~out], case.targets[~out], case.head, start
+            )
+            rest = Case(case.base[out], case.adapters[:, out], case.targets[out], case.head, start)
+            total += rest.loss(part.fit(penalty), 0.0) * int(out.sum())
+        assert told == pytest.approx(total / 20, abs=1e-4)
+    with pytest.raises(ValueError, match="3 folds of 2 examples"):
+        surrogate.held_out_losses(
+            case.base[:4], deltas[:, :4], case.targets[:4], case.head, np.array([0, 0, 1, 1]),
+            start=start, penalties=(1.0,), n_folds=3,
+        )  # fmt: skip
+
+
+def test_a_step_is_shrunk_until_a_real_loss_agrees() -> None:
+    asked = []
+
+    def loss(fraction: float) -> float:
+        asked.append(fraction)
+        return abs(fraction - 0.25)
+
+    assert surrogate.shrink(loss, 0.5) == (0.5, 0.25) and asked == [1.0, 0.5]
+    assert surrogate.shrink(loss, 0.1) == (0.25, 0.0)
+    assert surrogate.shrink(lambda fraction: math.nan, 0.1) == (0.0, 0.1)
+    assert surrogate.shrink(lambda fraction: 1.0, 0.1) == (0.0, 0.1)

@@ -20,12 +20,12 @@ from edgelora.adapters.merge import (
 )
 from edgelora.bank.records import signature_path
 from edgelora.build.proposals import Nearness
-from edgelora.build.records import Judgement, count_steps
+from edgelora.build.records import CROSSED, Judgement, count_steps
 from edgelora.build.trials import Trial
 from edgelora.build.work import Parts, Work
 from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
-from edgelora.engine.score import mean_loss, paired_interval, score
+from edgelora.engine.score import Score, mean_loss, paired_interval, score
 from edgelora.errors import NoImprovement
 from edgelora.files import write_atomic
 from edgelora.operators.arbiter import Candidate
@@ -155,14 +155,29 @@ def judge(work: Work, context: Context, finished: Path, parts: Parts) -> Judgeme
     )
     if judgement.adapter_loss < judgement.base_loss:
         return judgement
+    where = "that it was found with" if parts.is_crossed else parts.part
     message = (
         f"the finished adapter is no better than the base on the {judgement.n_examples} examples "
-        f"({parts.part}): {judgement.adapter_loss:.4f} against {judgement.base_loss:.4f} nats"
+        f"({where}): {judgement.adapter_loss:.4f} against {judgement.base_loss:.4f} nats"
     )
     if not work.options.force:
         raise NoImprovement(message, hint="It was deleted. --force keeps it all the same.")
     work.warn(message)
     return judgement
+
+
+def crossed_judgement(scores: list[Score], base: list[Score], seed: int) -> Judgement:
+    """The chosen candidate against the base as cross-validation has them.
+
+    The finished file has seen all examples, so that its own losses on them would flatter it.
+    """
+    return Judgement(
+        CROSSED,
+        len(scores),
+        mean_loss(base),
+        mean_loss(scores),
+        paired_interval(scores, base, seed),
+    )
 
 
 @contextmanager

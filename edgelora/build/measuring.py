@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from edgelora.build.gradients import sampled
+from edgelora.build.pool import Pool
 from edgelora.build.proposals import (
     Measured,
     Nearness,
@@ -20,6 +22,7 @@ from edgelora.build.proposals import (
     shortlist,
 )
 from edgelora.build.records import Plan
+from edgelora.build.search import count_search_passes
 from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import Parts, Work
 from edgelora.datasets.records import Example
@@ -31,7 +34,7 @@ from edgelora.errors import EngineError
 from edgelora.summarise import DEFAULT_N_EMBEDDED, count_embedded_tokens, sample_examples
 
 _SHARE_FOR_EMBEDDING = 0.4
-_SHARE_FOR_ADAPTERS = 0.65
+SHARE_FOR_ADAPTERS = 0.65
 _EMBEDDING = "embedding your examples"
 
 
@@ -50,7 +53,7 @@ def measure_parts(
     pool = work.pool
     with open_context(work.model, hidden=True) as context:
         nearness = embed_and_compare(work, context, split.support, _SHARE_FOR_EMBEDDING)
-        share = int(_SHARE_FOR_ADAPTERS * work.budget.left)
+        share = int(SHARE_FOR_ADAPTERS * work.budget.left)
         positions, shown = shortlist(pool, parts.support, nearness, share)
         if not needs_losses(work.options):
             positions = []
@@ -60,18 +63,40 @@ def measure_parts(
             (1 + len(positions)) * count_tokens(shown),
             f"measuring {len(positions)} adapter(s) on {len(shown)} examples",
         )
-        base, tokens_per_s = measure_base(context, shown)
-        work.listener.plan(_plan(work, split, len(positions), shown, tokens_per_s))
-        alone = measure_alone(
+        measured = measure_adapters(
             context,
-            [pool.paths[i] for i in positions],
+            pool,
+            positions,
             shown,
-            lambda done, total: work.listener.progress("measuring adapters", done, total),
+            planned=lambda speed: work.listener.plan(
+                _plan(work, split, len(positions), shown, speed)
+            ),
+            progress=partial(work.listener.progress, "measuring adapters"),
         )
-    head = head_matrix(work.model)
-    measured = Measured(positions, losses_of(alone, head), base, alone, head)
     _refuse_nonfinite(work, measured)
     return nearness, measured, shown
+
+
+def measure_adapters(
+    context: Context,
+    pool: Pool,
+    positions: list[int],
+    shown: Sequence[TokenisedExample],
+    *,
+    planned: Callable[[float], None] = lambda tokens_per_s: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measured:
+    """One pass for the base, and one for each of some adapters alone.
+
+    Args:
+        context: opened with `hidden=True`.
+        planned: told the base's speed before the others begin.
+    """
+    base, tokens_per_s = measure_base(context, shown)
+    planned(tokens_per_s)
+    alone = measure_alone(context, [pool.paths[i] for i in positions], shown, progress)
+    head = head_matrix(context.model)
+    return Measured(positions, losses_of(alone, head), base, alone, head)
 
 
 def embed_and_compare(
@@ -170,7 +195,8 @@ def _counting(work: Work, n_texts: int) -> Callable[[int], None]:
 def _plan(
     work: Work, split: Split, n_measured: int, shown: Sequence[TokenisedExample], speed: float
 ) -> Plan:
-    n_tries = count_candidates(work.options, bool(work.pool.signed)) * TRIES_A_CANDIDATE
+    n_passes = count_candidates(work.options, bool(work.pool.signed)) * TRIES_A_CANDIDATE
+    n_passes += count_search_passes(work.options, len(work.pool.records))
     return Plan(
         n_support=len(split.support),
         n_selection=len(split.selection),
@@ -178,7 +204,7 @@ def _plan(
         n_adapters=len(work.pool.records),
         n_measured=n_measured,
         n_shown=len(shown),
-        n_tokens=work.budget.n_used + min(n_tries * count_tokens(shown), work.budget.left),
+        n_tokens=work.budget.n_used + min(n_passes * count_tokens(shown), work.budget.left),
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=speed,
         gradient=work.gradient,

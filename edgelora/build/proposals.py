@@ -32,8 +32,11 @@ Proposal = tuple[str, Array]
 
 PENALTIES = (5.0, 1.0)
 NONE = "none"
-OPERATOR_NAMES = ("auto", NONE, "mixture", "surrogate", *OPERATORS)
-_LOSS_TEMPERATURE = 1.0
+LOSS_TEMPERATURE = 1.0
+# The searches of `build.forward`, each with the operator whose candidates it goes on from.
+WARM_STARTS = {"relinearised": "surrogate", "halving": NONE, "coordinate": "surrogate",
+               "cma": "surrogate"}  # fmt: skip
+OPERATOR_NAMES = ("auto", NONE, "mixture", "surrogate", *WARM_STARTS, *OPERATORS)
 _MIN_SHOWN = 6
 
 
@@ -43,16 +46,21 @@ class Measured:
 
     Attributes:
         positions: of the m adapters measured, in the pool.
-        losses: (m,) mean nats a token of each alone.
+        by_token: (m, t) nats of each completion token under each adapter alone.
         base, alone: the states that predict the completions, without and with each adapter.
         head: (v, d) float32.
     """
 
     positions: list[int]
-    losses: Array
+    by_token: Array
     base: CompletionStates
     alone: list[CompletionStates]
     head: NDArray[np.float32]
+
+    @property
+    def losses(self) -> Array:
+        """(m,) mean nats a token of each alone."""
+        return np.asarray(self.by_token.mean(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,17 +138,21 @@ def measure_alone(
     paths: Sequence[Path],
     shown: Sequence[TokenisedExample],
     progress: Callable[[int, int], None],
+    *,
+    at: Sequence[WeightedAdapter] = (),
+    weight: float = 1.0,
 ) -> list[CompletionStates]:
     """One pass for each adapter, each loaded for its own pass only.
 
     Args:
         context: opened with `hidden=True`.
         progress: (adapters done, adapters in all).
+        at: what is applied beside each, at `weight`.
     """
     alone = []
     for done, path in enumerate(paths):
         progress(done, len(paths))
-        context.apply([WeightedAdapter(path)])
+        context.apply([*at, WeightedAdapter(path, weight)])
         alone.append(completion_states(context, shown))
         context.apply([])
         context.model.unload(path)
@@ -149,8 +161,9 @@ def measure_alone(
 
 
 def losses_of(states: Sequence[CompletionStates], head: NDArray[np.float32]) -> Array:
-    """Mean nats a token of each, (m,)."""
-    return np.array([surrogate.token_losses(s.hidden, s.targets, head).mean() for s in states])
+    """Nats of each token under each, (m, t)."""
+    rows = [surrogate.token_losses(s.hidden, s.targets, head) for s in states]
+    return np.stack(rows) if rows else np.zeros((0, 1))
 
 
 def propose(
@@ -166,10 +179,18 @@ def propose(
 
 
 def count_candidates(options: Options, has_nearness: bool) -> int:
-    """How many candidates a build compares where losses can be measured."""
+    """How many candidates a build compares where losses can be measured, at least.
+
+    One more may come of the surrogate linearised again, which leaves tokens for its comparison.
+    """
     names = _expand(options.operator, has_nearness, needs_losses(options))
     n_proposals = sum(len(PENALTIES) if name == "surrogate" else 1 for name in names)
     return n_proposals + (options.refine == "gradient") + (options.polish > 0)
+
+
+def warm_start(operator: str) -> str:
+    """The operator whose candidates are tried first: of most operators its own."""
+    return WARM_STARTS.get(operator, operator)
 
 
 def _expand(operator: str, has_nearness: bool, is_measured: bool) -> list[str]:
@@ -185,7 +206,7 @@ def needs_losses(options: Options) -> bool:
     """Whether the losses of single adapters are used; else none needs to be measured."""
     if options.operator == "auto":
         return options.refine == "forward"
-    return options.operator in ON_LOSSES
+    return warm_start(options.operator) in ON_LOSSES
 
 
 def _named(
@@ -194,7 +215,7 @@ def _named(
     k = len(pool.records)
     if operator == "uniform":
         return [("uniform mean", np.full(k, 1.0 / k))]
-    if operator in ON_LOSSES:
+    if operator in ON_LOSSES or operator in WARM_STARTS:
         if measured is None:
             raise EdgeLoRAError(
                 f"the operator {operator} needs completions, and the dataset has none",
@@ -233,12 +254,12 @@ def _least_loss(pool: Pool, measured: Measured) -> list[Proposal]:
 
 
 def _loss_weighted(pool: Pool, measured: Measured) -> list[Proposal]:
-    weights = gibbs(measured.losses, temperature=_LOSS_TEMPERATURE)
+    weights = gibbs(measured.losses, temperature=LOSS_TEMPERATURE)
     return [("loss-weighted", pool.spread(measured.positions, weights))]
 
 
 def _surrogates(pool: Pool, measured: Measured) -> list[Proposal]:
-    start = gibbs(measured.losses, temperature=_LOSS_TEMPERATURE)
+    start = gibbs(measured.losses, temperature=LOSS_TEMPERATURE)
     hidden = np.stack([states.hidden for states in measured.alone])
     found = []
     for penalty in PENALTIES:

@@ -14,6 +14,7 @@ DEFAULT_BUDGET = 60_000
 GRADIENT_BUDGET = 120_000
 REFINEMENTS = ("none", "forward", "gradient")
 DEFAULT_DISTANCE = "bures"
+CROSSED = "cross-validated"
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The last comparison: the finished file, loaded, against the base; nats a token.
+    """The last comparison: the finished file, loaded, against the base, in nats a token.
 
     Attributes:
-        part: "untouched", or "selection part, optimistic" with fewer than 24 examples.
+        part: "untouched"; with fewer than 24 examples "cross-validated" (the chosen candidate, each
+            example under coefficients that were found without its fold), or, where gradients or a
+            search that sees all examples took part, "selection part, optimistic".
         interval: 95 % paired bootstrap of adapter - base, (low, mid, high).
     """
 

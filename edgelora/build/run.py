@@ -13,14 +13,24 @@ from numpy.typing import NDArray
 
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
-from edgelora.build.finish import applied, judge, keep_signature, write_trial
+from edgelora.build.choosing import choose
+from edgelora.build.crossing import assign_folds, is_crossed
+from edgelora.build.finish import applied, crossed_judgement, judge, keep_signature, write_trial
+from edgelora.build.forward import find_trials
 from edgelora.build.gradients import Gradients, open_gradients
 from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unmeasured
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
-from edgelora.build.proposals import NONE, OPERATOR_NAMES, Measured, Nearness, Proposal, propose
+from edgelora.build.proposals import (
+    NONE,
+    OPERATOR_NAMES,
+    Measured,
+    Nearness,
+    propose,
+)
 from edgelora.build.records import REFINEMENTS, Built, Listener, Options, Refined, Trained
 from edgelora.build.refining import OBJECTIVE_WORDS, refine
+from edgelora.build.search import Search
 from edgelora.build.state import State, open_state
 from edgelora.build.trials import (
     Budget,
@@ -28,22 +38,25 @@ from edgelora.build.trials import (
     least_loss,
     make_trial,
     measure_trial,
-    score_trial,
-    try_scales,
 )
-from edgelora.build.work import Work, reserve_comparisons, tokenise_parts
+from edgelora.build.work import (
+    Parts,
+    Work,
+    count_compared_tokens,
+    reserve_comparisons,
+    tokenise_parts,
+)
 from edgelora.datasets.records import Dataset
-from edgelora.datasets.split import split_examples
+from edgelora.datasets.split import Split, split_examples
 from edgelora.datasets.template import Template
 from edgelora.engine.context import Context, open_context
 from edgelora.engine.model import Model
 from edgelora.engine.prepare import tokenise_examples
-from edgelora.engine.score import TokenisedExample, mean_loss
-from edgelora.errors import AlreadyExists, DatasetError, EdgeLoRAError, NoImprovement
+from edgelora.engine.score import TokenisedExample
+from edgelora.errors import AlreadyExists, DatasetError, EdgeLoRAError
 from edgelora.files import publish, working_folder
 from edgelora.gradient.descent import OBJECTIVES
 from edgelora.gradient.variables import WEIGHTS
-from edgelora.operators import arbiter
 from edgelora.operators.distances import DISTANCES
 
 
@@ -114,28 +127,37 @@ def _refuse_unknown(options: Options) -> None:
 
 
 def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
-    split = split_examples(dataset.examples, seed=work.options.seed)
+    split = _split(work, dataset)
     parts = tokenise_parts(work, split)
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
         steps = _open_steps(work, stack, parts.support, has_completions=True)
         nearness, measured, shown = measure_parts(work, split, parts)
-        known = measured if measured.positions else None
-        proposals = propose(work.pool, nearness, known, work.options.operator)
+        trials = stack.enter_context(_trials(work.model))
+        _search(work, parts, nearness, measured, shown, folder, trials)
         context = stack.enter_context(open_context(work.model))
-        trials = stack.enter_context(_trials(context))
-        _try(work, context, proposals, shown, folder, trials)
         made = _take_steps(work, context, steps, nearness, shown, folder, trials)
-        verdict, trial = _choose(work, context, trials, parts.selection)
+        choice = choose(work, context, trials, parts, shown, folder)
         with publish(work.out, force=work.options.force) as temporary:
-            merge = write_trial(work, trial, nearness, temporary)
+            merge = write_trial(work, choice.trial, nearness, temporary)
             judgement = judge(work, context, temporary, parts)
             keep_signature(work, nearness)
+    if parts.is_crossed:
+        judgement = crossed_judgement(choice.scores, choice.base, work.options.seed)
     losses = {t.candidate.name: t.loss for t in trials}
-    built = _built(work, trial, nearness, measured, losses, merge)
+    built = _built(work, choice.trial, nearness, measured, losses, merge)
     return replace(
-        built, verdict=verdict, judgement=judgement, refined=made.refined, trained=made.trained
-    )
+        built, verdict=choice.verdict, judgement=judgement, refined=made.refined,
+        trained=made.trained,
+    )  # fmt: skip
+
+
+def _split(work: Work, dataset: Dataset) -> Split:
+    """The parts; few examples are all for support where candidates can be cross-validated."""
+    split = split_examples(dataset.examples, seed=work.options.seed)
+    if split.optimistic and is_crossed(work.options):
+        return Split(dataset.examples, (), (), optimistic=True)
+    return split
 
 
 def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
@@ -237,33 +259,42 @@ def _take_steps(
 
 
 @contextmanager
-def _trials(context: Context) -> Iterator[list[Trial]]:
+def _trials(model: Model) -> Iterator[list[Trial]]:
     """A list for trials, whose adapters are unloaded at the end, whatever happens."""
     trials: list[Trial] = []
     try:
         yield trials
     finally:
-        context.apply([])
         for trial in trials:
-            context.model.unload(trial.path)
+            model.unload(trial.path)
 
 
-def _try(
+def _search(
     work: Work,
-    context: Context,
-    proposals: Sequence[Proposal],
+    parts: Parts,
+    nearness: Nearness | None,
+    measured: Measured,
     shown: Sequence[TokenisedExample],
     folder: Path,
     trials: list[Trial],
 ) -> None:
-    """Fill `trials`: each candidate as a file, at its best scale on the support examples."""
-    for done, (name, coefficients) in enumerate(proposals):
-        work.listener.progress("trying candidates", done, len(proposals))
-        trials.append(_make(work, name, coefficients, folder))
-        trials[-1] = try_scales(context, trials[-1], shown, work.budget)
-    work.listener.progress("trying candidates", len(proposals), len(proposals))
+    """Fill `trials` by forward passes."""
+    search = Search(
+        work.model,
+        work.pool,
+        shown,
+        nearness,
+        measured if measured.positions else None,
+        folder,
+        work.budget,
+        seed=work.options.seed,
+        n_spared=count_compared_tokens(parts),
+        progress=work.listener.progress,
+        folds=assign_folds(shown) if parts.is_crossed else None,
+    )
+    find_trials(search, work.options.operator, trials)
     if work.budget.was_short:
-        work.warn("the budget was spent before every candidate's scale could be tried")
+        work.warn("the budget was spent before every scale and step could be tried")
 
 
 def _make(work: Work, name: str, coefficients: NDArray[np.float64], folder: Path) -> Trial:
@@ -272,44 +303,6 @@ def _make(work: Work, name: str, coefficients: NDArray[np.float64], folder: Path
         name, coefficients, pool.paths, folder,
         hashes=pool.hashes, progress=work.listener.progress,
     )  # fmt: skip
-
-
-def _choose(
-    work: Work,
-    context: Context,
-    trials: Sequence[Trial],
-    selection: Sequence[TokenisedExample],
-) -> tuple[arbiter.Verdict, Trial]:
-    """The arbiter's choice on the selection part; the best candidate if --force overrules it.
-
-    Raises:
-        NoImprovement: the base is best and force is off.
-    """
-    base = score_trial(context, None, selection)
-    scores = []
-    for done, trial in enumerate(trials):
-        work.listener.progress("comparing with the base", done, len(trials))
-        scores.append(score_trial(context, trial, selection))
-    work.listener.progress("comparing with the base", len(trials), len(trials))
-    verdict = arbiter.choose(
-        [trial.candidate for trial in trials],
-        [[s.nll for s in row] for row in scores],
-        [s.n_tokens for s in base],
-        [s.nll for s in base],
-    )
-    if verdict.position is not None:
-        return verdict, trials[verdict.position]
-    best = min(range(len(trials)), key=lambda i: mean_loss(scores[i]))
-    if not work.options.force:
-        raise NoImprovement(
-            f"nothing beats the base on the {len(selection)} examples of the selection part; "
-            "no adapter was written",
-            problems=verdict.reasons,
-            hint="More examples, or adapters nearer to the task, may help; --force writes the "
-            "best candidate all the same.",
-        )
-    work.warn("no candidate beat the base; the best one is written because of --force")
-    return verdict, trials[best]
 
 
 def _built(

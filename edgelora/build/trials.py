@@ -64,6 +64,8 @@ class Trial:
         loss: on the support examples at the candidate's scale; NaN if it was not measured.
         is_final: whether the file is what would be written, byte for byte; then `merge` says how
             it was combined (None: it was not).
+        folds: (k,) each, the coefficients that are found without the examples of one fold, the
+            scale included; () where examples are not folded.
     """
 
     candidate: Candidate
@@ -71,6 +73,12 @@ class Trial:
     loss: float = float("nan")
     is_final: bool = False
     merge: MergeReport | None = None
+    folds: tuple[Array, ...] = ()
+
+    @property
+    def weights(self) -> Array:
+        """The coefficients with the scale, (k,)."""
+        return self.candidate.coefficients * self.candidate.scale
 
     def weighted(self) -> list[WeightedAdapter]:
         """What a context applies to try it."""
@@ -146,7 +154,7 @@ def try_scales(
             break
     candidate = trial.candidate
     scaled = Candidate(candidate.name, candidate.coefficients, candidate.scale * SCALES[best])
-    return Trial(scaled, trial.path, losses.get(best, float("nan")))
+    return replace(trial, candidate=scaled, loss=losses.get(best, float("nan")))
 
 
 def measure_trial(

@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgelora.build.crossing import count_crossed_tokens
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import count_candidates
-from edgelora.build.records import GradientPlan, Listener, Options
+from edgelora.build.records import CROSSED, GradientPlan, Listener, Options
 from edgelora.build.trials import Budget
 from edgelora.datasets.split import Split
 from edgelora.datasets.template import Template
@@ -22,12 +23,20 @@ UNTOUCHED, OPTIMISTIC = "untouched", "selection part, optimistic"
 
 @dataclass(frozen=True)
 class Parts:
-    """The tokenised parts of a dataset; `judged` is what the finished file is compared on."""
+    """The tokenised parts of a dataset; `judged` is what the finished file is compared on.
+
+    Where candidates are cross-validated, all examples are support, and there is no selection.
+    """
 
     support: list[TokenisedExample]
     selection: list[TokenisedExample]
     judged: list[TokenisedExample]
     part: str
+
+    @property
+    def is_crossed(self) -> bool:
+        """Whether candidates are cross-validated."""
+        return self.part == CROSSED
 
 
 @dataclass
@@ -72,6 +81,8 @@ def tokenise_parts(work: Work, split: Split) -> Parts:
     )
     for message in work.template.warnings:
         work.warn(message)
+    if not split.selection:
+        return Parts(support, [], support, CROSSED)
     if split.optimistic:
         return Parts(support, selection, selection, OPTIMISTIC)
     return Parts(support, selection, untouched, UNTOUCHED)
@@ -84,6 +95,13 @@ def reserve_comparisons(work: Work, parts: Parts) -> None:
         EdgeLoRAError: the budget is smaller.
     """
     n_candidates = count_candidates(work.options, bool(work.pool.signed))
-    n_tokens = 2 * count_tokens(parts.judged)
-    n_tokens += (1 + n_candidates) * count_tokens(parts.selection)
+    n_tokens = 2 * count_tokens(parts.judged) + n_candidates * count_compared_tokens(parts)
+    n_tokens += count_tokens(parts.selection or parts.support)
     work.spend(n_tokens, f"comparing {n_candidates} candidate(s) with the base")
+
+
+def count_compared_tokens(parts: Parts) -> int:
+    """Tokens that one candidate's comparison with the others takes."""
+    if parts.is_crossed:
+        return count_crossed_tokens(parts.support)
+    return count_tokens(parts.selection)

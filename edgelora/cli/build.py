@@ -199,10 +199,16 @@ def _show_forward_plan(plan: Plan) -> None:
             f"{plan.n_tokens:,} tokens at most"
         )
         return
+    parts = (
+        f"{plan.n_support} examples to find coefficients (support), {plan.n_selection} to "
+        f"choose (selection), {plan.n_untouched or 'none'} untouched"
+        if plan.n_selection
+        else f"{plan.n_support} examples to find coefficients (support), and by cross-validation "
+        "to choose"
+    )
     console.say(
-        f"plan: {plan.n_support} examples to find coefficients (support), {plan.n_selection} to "
-        f"choose (selection), {plan.n_untouched or 'none'} untouched; {plan.n_measured} of "
-        f"{plan.n_adapters} adapters measured on {plan.n_shown} examples"
+        f"plan: {parts}; {plan.n_measured} of {plan.n_adapters} adapters measured on "
+        f"{plan.n_shown} examples"
     )
     console.say(
         f"      about {plan.n_tokens:,} tokens, at most {plan.budget_tokens:,} (--budget); at "
@@ -264,8 +270,11 @@ def _show_judgement(built: Built) -> None:
 
 
 def _candidates(built: Built, verdict: Verdict) -> Table:
+    from edgelora.build.records import CROSSED
+
     table = Table("candidate", title="loss, nats a token", title_justify="left")
-    for name in ("support", "selection"):
+    crossed = built.judgement is not None and built.judgement.part == CROSSED
+    for name in ("support", CROSSED if crossed else "selection"):
         table.add_column(name, justify="right")
     table.add_row("base", "", f"{verdict.base_loss:.3f}")
     for row in verdict.table:

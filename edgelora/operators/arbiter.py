@@ -10,6 +10,9 @@ The rule, in two steps:
    most `tie` (0.25) of its own standard error.
 
 Without an eligible candidate nothing is chosen: the base stays as it is.
+
+Where examples are too few to keep some apart, the losses are cross-validated (Stone, 1974): each
+example's is that of the coefficients that were found without its fold. The rule is the same.
 """
 
 from __future__ import annotations

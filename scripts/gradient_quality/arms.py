@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from edgelora.adapters.gguf_lora import PairPlan, open_lora, write_lora
 from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.merge import merge_adapters
-from edgelora.build import proposals
-from edgelora.build.trials import Budget, Trial, make_trial, try_scales
-from edgelora.engine.context import Context, open_context
-from edgelora.engine.hidden import head_matrix
+from edgelora.build.forward import begin_search, find_trials
+from edgelora.build.proposals import NONE, OPERATOR_NAMES
+from edgelora.build.trials import Budget, Trial, least_loss, make_trial, try_scales
+from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import count_tokens
 from edgelora.gradient.checkpoint import fingerprint, from_bytes
@@ -95,33 +95,30 @@ def make_mean(bench: Bench) -> Made:
     return _of_trial(trial, budget.n_used)
 
 
-def make_forward(bench: Bench) -> Made:
-    """The best of `build`'s candidates without gradients, each at its best scale.
+def make_forward(
+    bench: Bench, *, n: int = 1, operator: str = "auto", budget: int = UNLIMITED
+) -> Made:
+    """What `build` finds by forward passes; the least loss on the support examples wins.
 
-    Like `build`, it measures every adapter alone; the least loss on the support examples wins.
+    Args:
+        n: linearisations of the surrogate, at most; 1 is the one at the base.
+        operator: "auto" for all candidates, or a name of `build`'s.
+        budget: tokens that it may compute, embedding aside.
     """
-    return _of_trial(*_best_forward(bench))
+    return _of_trial(*_best_forward(bench, n, operator, budget))
 
 
-def _best_forward(bench: Bench) -> tuple[Trial, int]:
+def _best_forward(bench: Bench, n: int, operator: str, n_tokens: int) -> tuple[Trial, int]:
     """That candidate, and the tokens that it took to find it."""
-    case, budget = bench.case, Budget(UNLIMITED)
-    with open_context(case.bed.model, hidden=True) as context:
-        nearness = proposals.find_nearness(context, case.pool, case.support, "bures", case.seed)
-        base, _ = proposals.measure_base(context, case.texts)
-        alone = proposals.measure_alone(
-            context, case.pool.paths, case.texts, lambda done, total: None
-        )
-    head = head_matrix(case.bed.model)
-    positions = list(range(len(alone)))
-    measured = proposals.Measured(positions, proposals.losses_of(alone, head), base, alone, head)
-    budget.take((1 + len(alone)) * count_tokens(case.texts))
-    trials, folder = [], bench.trials()
-    for name, coefficients in proposals.propose(case.pool, nearness, measured, "auto"):
-        trial = make_trial(name, coefficients, case.pool.paths, folder)
-        trials.append(try_scales(bench.context, trial, case.texts, budget))
-        bench.context.apply([])
-    return min(trials, key=lambda trial: trial.loss), budget.n_used
+    case, budget = bench.case, Budget(n_tokens)
+    bench.context.apply([])
+    search = begin_search(
+        case.bed.model, case.pool, case.support, case.texts, operator, bench.trials(), budget,
+        n_linearisations=n, seed=case.seed,
+    )  # fmt: skip
+    trials: list[Trial] = []
+    find_trials(search, operator, trials)
+    return least_loss(trials), budget.n_used
 
 
 def make_gradient(
@@ -178,7 +175,7 @@ def _begin(bench: Bench, start: str, scale: float, n_sources: int, ranked_at: st
     case, n_tokens = bench.case, 0
     k = len(case.adapters)
     if start == "forward":
-        best, n_tokens = _best_forward(bench)
+        best, n_tokens = _best_forward(bench, 1, "auto", UNLIMITED)
         coefficients = best.candidate.coefficients * best.candidate.scale
     else:
         coefficients = np.full(k, 1 / k)
@@ -277,11 +274,13 @@ def _rounded(values: tuple[float, ...]) -> list[float]:
 def parse_arm(name: str) -> Arm:
     """An arm by the name that its lines of results carry: a head, and settings after it.
 
-    Heads: base, own, mean, forward; gradient-N and few-N for N passes on coefficients, or on a LoRA
-    from scratch; gradient-cv, stopped by cross-validation; polish-N, N passes on coefficients and
-    then n_passes on the factors (as many as are left of 10). Settings are key=value: for gradient
-    start, scale, n_sources, ranked_at and rank (see make_gradient) and the fields of
-    DescentOptions; for few and polish rank and those of PolishOptions.
+    Heads: base, own, mean, forward; forward-N for N linearisations of the surrogate, the one at the
+    base (which is forward) among them; gradient-N and few-N for N passes on coefficients, or on a
+    LoRA from scratch; gradient-cv, stopped by cross-validation; polish-N, N passes on coefficients
+    and then n_passes on the factors (as many as are left of 10). Settings are key=value: for
+    forward operator and budget (see make_forward); for gradient start, scale, n_sources, ranked_at
+    and rank (see make_gradient) and the fields of DescentOptions; for few and polish rank and those
+    of PolishOptions.
 
     Raises:
         ValueError: an unknown head or setting.
@@ -296,13 +295,16 @@ def parse_arm(name: str) -> Arm:
     if head in _PLAIN and not settings:
         return _PLAIN[head]
     if kind not in _TAKES or not (n.isdecimal() or head == "gradient-cv"):
-        raise ValueError(f"no arm {name!r}: {', '.join(_PLAIN)}, gradient-N, gradient-cv, few-N, "
-                         "polish-N, with settings after all but the first four")  # fmt: skip
+        raise ValueError(f"no arm {name!r}: {', '.join(_PLAIN)}, forward-N, gradient-N, "
+                         "gradient-cv, few-N, polish-N, with settings after all that have N or cv"
+                         )  # fmt: skip
     if unknown := settings.keys() - _TAKES[kind]:
         raise ValueError(f"{name!r}: no setting {', '.join(sorted(unknown))}")
     for key, known in _WORDS.items():
         if settings.get(key, known[0]) not in known:
             raise ValueError(f"{name!r}: no setting {key}={settings[key]}")
+    if kind == "forward":
+        return partial(make_forward, n=int(n), **settings)
     if kind == "polish":
         left = {"n_passes": 10 - int(n)}
         return partial(make_polished, n_first=int(n), **left | settings)
@@ -332,11 +334,16 @@ _PLAIN: dict[str, Arm] = {
     "forward": make_forward,
 }
 _TAKES = {
+    "forward": {"operator", "budget"},
     "gradient": {"start", "scale", "n_sources", "ranked_at", "rank"} | _fields(DescentOptions),
     "few": {"rank"} | _fields(PolishOptions),
     "polish": {"rank"} | _fields(PolishOptions),
 }
-_WORDS = {"start": ("mean", "forward"), "ranked_at": ("base", "mean")}
+_WORDS = {
+    "start": ("mean", "forward"),
+    "ranked_at": ("base", "mean"),
+    "operator": tuple(name for name in OPERATOR_NAMES if name != NONE),
+}
 DEFAULT_ARMS = [
     *_PLAIN,
     *("gradient-1", "gradient-3", "gradient-10", "gradient-cv", "few-1", "few-3", "few-10"),

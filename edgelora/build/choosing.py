@@ -1,0 +1,123 @@
+"""Candidates compared with the base on examples that they were not found with, and the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgelora.build.crossing import assign_folds, count_crossed_tokens, part_of
+from edgelora.build.proposals import count_candidates
+from edgelora.build.search import release
+from edgelora.build.trials import Trial, make_trial, score_trial
+from edgelora.build.work import Parts, Work, count_compared_tokens
+from edgelora.engine.context import Context
+from edgelora.engine.score import Score, TokenisedExample, count_tokens, mean_loss
+from edgelora.errors import NoImprovement
+from edgelora.operators import arbiter
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is written, and the scores that it was chosen by.
+
+    Attributes:
+        scores, base: of the chosen trial and of the base, on the same examples.
+    """
+
+    trial: Trial
+    verdict: arbiter.Verdict
+    scores: list[Score]
+    base: list[Score]
+
+
+def choose(
+    work: Work,
+    context: Context,
+    trials: Sequence[Trial],
+    parts: Parts,
+    shown: Sequence[TokenisedExample],
+    folder: Path,
+) -> Choice:
+    """The arbiter's choice; the best candidate if --force overrules it.
+
+    It is made on the selection part; without one each trial is scored on every fold of the examples
+    `shown` with the coefficients that were found without that fold.
+
+    Raises:
+        NoImprovement: the base is best and force is off.
+    """
+    examples = list(shown) if parts.is_crossed else parts.selection
+    _settle(work, parts, examples, len(trials))
+    base, rows = score_trial(context, None, examples), []
+    for done, trial in enumerate(trials):
+        work.listener.progress("comparing with the base", done, len(trials))
+        if parts.is_crossed:
+            rows.append(cross_score(context, trial, examples, work.pool.paths, folder))
+        else:
+            rows.append(score_trial(context, trial, examples))
+    work.listener.progress("comparing with the base", len(trials), len(trials))
+    verdict = arbiter.choose(
+        [trial.candidate for trial in trials],
+        [[s.nll for s in row] for row in rows],
+        [s.n_tokens for s in base],
+        [s.nll for s in base],
+    )
+    position = verdict.position
+    if position is None:
+        position = min(range(len(trials)), key=lambda i: mean_loss(rows[i]))
+        _insist(work, parts, len(examples), verdict)
+    return Choice(trials[position], verdict, rows[position], base)
+
+
+def cross_score(
+    context: Context,
+    trial: Trial,
+    examples: Sequence[TokenisedExample],
+    paths: Sequence[Path],
+    folder: Path,
+) -> list[Score]:
+    """Scores of the examples, each under the coefficients that were found without its fold."""
+    folds = assign_folds(examples)
+    scores: dict[int, Score] = {}
+    for fold, weights in zip(np.unique(folds), trial.folds, strict=True):
+        other: Trial | None = trial
+        if not weights.any():
+            other = None  # nothing is added to the base
+        elif not np.allclose(weights, trial.weights, atol=1e-4):
+            other = make_trial(f"fold {fold}", weights, paths, folder)
+        found = score_trial(context, other, part_of(examples, folds == fold))
+        scores.update(zip(np.flatnonzero(folds == fold).tolist(), found, strict=True))
+        if other is not None and other is not trial:
+            release(context, other.path)
+            if other.path.parent == folder:
+                other.path.unlink()
+    return [scores[i] for i in range(len(examples))]
+
+
+def _settle(work: Work, parts: Parts, examples: Sequence[TokenisedExample], n_trials: int) -> None:
+    """Give back what was set aside for more candidates or examples than there are.
+
+    For one candidate more than was foreseen, tokens are taken that its search had spared.
+    """
+    n_reserved = count_candidates(work.options, bool(work.pool.signed))
+    each = count_crossed_tokens(examples) if parts.is_crossed else count_tokens(examples)
+    reserved = n_reserved * count_compared_tokens(parts) + count_tokens(
+        parts.selection or parts.support
+    )
+    work.budget.give_back(reserved - n_trials * each - count_tokens(examples))
+
+
+def _insist(work: Work, parts: Parts, n_examples: int, verdict: arbiter.Verdict) -> None:
+    if work.options.force:
+        work.warn("no candidate beat the base; the best one is written because of --force")
+        return
+    where = "in cross-validation" if parts.is_crossed else "of the selection part"
+    raise NoImprovement(
+        f"nothing beats the base on the {n_examples} examples {where}; no adapter was written",
+        problems=verdict.reasons,
+        hint="More examples, or adapters nearer to the task, may help; --force writes the "
+        "best candidate all the same.",
+    )
