@@ -62,7 +62,7 @@ def make_world(folder: Path) -> World:
     """Answers are chosen among _ANSWERS by what the base and the adapters make of them."""
     base = pico.write_base(folder / "base.gguf")
     bank = fill_bank(folder, base)
-    prompts = [f"is {s} {p} {i}?" for i, (s, p) in enumerate(_pairs(32))]
+    prompts = [f"is {s} {p} {i}?" for i, (s, p) in enumerate(subjects_and_places(32))]
     with open_model(base, ONE_THREAD) as model:
         gains = gains_of_adapters(model, prompts, [r.path for r in open_bank(bank).records()])
     good = [_ANSWERS[i] for i in gains[int(HELPER[-1])].argmax(axis=1)]
@@ -98,7 +98,7 @@ def _example(prompt: str, line: int, completion: str | None = None) -> Example:
     return Example((Message("user", prompt),), completion, (), line)
 
 
-def _pairs(n: int) -> list[tuple[str, str]]:
+def subjects_and_places(n: int) -> list[tuple[str, str]]:
     return [(_SUBJECTS[i % len(_SUBJECTS)], _PLACES[i % len(_PLACES)]) for i in range(n)]
 
 
@@ -107,7 +107,7 @@ def fill_bank(folder: Path, base: Path) -> Path:
     bank, requests = open_bank(folder / "bank", create=True), []
     for i in range(N_ADAPTERS):
         peft = pico.write_peft(folder / f"adapter{i}", seed=i, size=1.0)
-        lines = [f"{s} {p}" for s, p in _pairs(6 + i)]
+        lines = [f"{s} {p}" for s, p in subjects_and_places(6 + i)]
         data = write_lines(folder / f"data{i}.jsonl", lines, [f"yes {i}"] * len(lines))
         facts = Facts(licence="MIT", template="chat")
         requests.append(Request(peft, f"adapter{i}", data, facts))

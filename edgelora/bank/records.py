@@ -71,6 +71,16 @@ class BankRecord:
         return self.base_id in self.signatures
 
     @property
+    def sources(self) -> frozenset[str]:
+        """What its data was made from; two adapters that share one are siblings."""
+        names = (name.strip() for name in self.source.split(","))
+        return frozenset(name for name in names if name)
+
+    def is_sibling(self, other: BankRecord) -> bool:
+        """Whether both were made from one source, or are the same."""
+        return self.name == other.name or bool(self.sources & other.sources)
+
+    @property
     def base(self) -> BaseIdentity:
         """The recorded identity of its base."""
         from edgelora.adapters.base import BaseIdentity

@@ -39,7 +39,7 @@ def make_requests(
     for folder in folders:
         try:
             card_name, known = _read_card(folder, card_glob, facts or Facts())
-            found = data if data is not None else _find(folder, data_glob)
+            found = data if data is not None else find_file(folder, data_glob)
             if data_glob and found is None:
                 raise DatasetError(
                     f"{folder}: no dataset matches {data_glob}",
@@ -52,7 +52,7 @@ def make_requests(
 
 
 def _read_card(folder: Path, pattern: str | None, given: Facts) -> tuple[str | None, Facts]:
-    path = _find(folder, pattern)
+    path = find_file(folder, pattern)
     if path is None:
         return None, given
     try:
@@ -78,7 +78,7 @@ def _text(path: Path, key: str, value: object) -> str:
     return text
 
 
-def _find(folder: Path, pattern: str | None) -> Path | None:
+def find_file(folder: Path, pattern: str | None) -> Path | None:
     """The one file that a pattern means for this folder; None if there is none."""
     if pattern is None:
         return None

@@ -6,6 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from edgelora.bank import seal
+from edgelora.bank.calibration import (
+    LOSSES_SUFFIX,
+    PREFIX,
+    calibration_files,
+    calibration_path,
+    parse_calibration,
+    read_limited,
+)
 from edgelora.bank.names import check_name, find_clash
 from edgelora.bank.records import BankRecord
 from edgelora.bank.store import Bank
@@ -33,6 +41,7 @@ def verify(
     problems = [f"{file}: {reason}" for file, reason in listing.damaged]
     problems += [f"{file}: a signature without its adapter" for file in listing.orphans]
     problems += _leftovers(bank)
+    problems += _calibration_problems(bank)
     names: list[str] = []
     for record in listing.records:
         problems += [f"{record.path.name}: {p}" for p in _adapter_problems(bank, record, names)]
@@ -83,6 +92,24 @@ def _misfits(bank: Bank, record: BankRecord, base: Base | None) -> list[str]:
     except EdgeLoRAError as error:
         return [str(error)]
     return []
+
+
+def _calibration_problems(bank: Bank) -> Iterator[str]:
+    """Damaged files only: one that other adapters have outdated does no harm."""
+    for path in calibration_files(bank):
+        try:
+            stored = parse_calibration(read_limited(path), path.name)
+            if path != calibration_path(bank, stored.base_id):
+                yield f"{path.name}: is for the base {stored.base_id}"
+        except EdgeLoRAError as error:
+            yield error.what
+    for path in sorted(bank.path.glob(f"{PREFIX}*{LOSSES_SUFFIX}")):
+        from edgelora.bank.losses import parse_losses
+
+        try:
+            parse_losses(read_limited(path), path.name)
+        except EdgeLoRAError as error:
+            yield error.what
 
 
 def _leftovers(bank: Bank) -> list[str]:

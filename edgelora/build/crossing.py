@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.build.proposals import NONE, WARM_STARTS, Measured
+from edgelora.build.proposals import ACTIVATED, NONE, WARM_STARTS, Measured
 from edgelora.build.records import Options
 from edgelora.engine.hidden import CompletionStates
 from edgelora.engine.score import TokenisedExample, count_tokens
 
 N_FOLDS = 3
-# Their searches see every example: what a fold's own search would find is not known.
-_UNCROSSED = frozenset(WARM_STARTS) - {"relinearised"}
+# They see every example at once: what they would find without a fold is not known.
+_UNCROSSED = frozenset(WARM_STARTS) - {"relinearised"} | frozenset(ACTIVATED)
 
 
 def is_crossed(options: Options) -> bool:

@@ -111,6 +111,7 @@ def _account(
     work: Work, candidate: Candidate, used: Sequence[int], nearness: Nearness | None
 ) -> dict[str, object]:
     options, names = work.options, work.pool.names
+    calibration = work.pool.calibration
     return {
         "operator": candidate.name,
         "distance": options.distance if nearness else "",
@@ -121,7 +122,7 @@ def _account(
         },
         "seed": options.seed,
         "budget_tokens": options.budget_tokens,
-    }
+    } | ({"calibrated on": calibration.evidence} if calibration else {})
 
 
 def keep_signature(work: Work, nearness: Nearness | None) -> None:

@@ -133,8 +133,8 @@ def embed_and_compare(
     return nearness
 
 
-def plan_unmeasured(work: Work, n_examples: int) -> Plan:
-    """The plan of a build that only embeds; its speed is not known."""
+def plan_unmeasured(work: Work, n_examples: int, by: str) -> Plan:
+    """The plan of a build that only embeds, or looks at activations; its speed is not known."""
     return Plan(
         n_support=n_examples,
         n_selection=0,
@@ -146,6 +146,7 @@ def plan_unmeasured(work: Work, n_examples: int) -> Plan:
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=math.nan,
         gradient=work.gradient,
+        by=by,
     )
 
 

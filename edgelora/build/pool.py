@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from edgelora.adapters.base import BaseIdentity
 from edgelora.bank import Bank, BankRecord
+from edgelora.bank.calibration import read_calibration
 from edgelora.errors import BankError
+from edgelora.operators.calibration import Calibration
 from edgelora.operators.distances import split_by_signature
 from edgelora.signature import Signature
 
@@ -26,11 +28,15 @@ class Pool:
     Attributes:
         folder: the bank's.
         signatures: of each adapter's dataset, None where there is none.
+        calibration: the bank's own, None where there is none, or one of another set of adapters,
+            which `is_stale` tells.
     """
 
     folder: Path
     records: tuple[BankRecord, ...]
     signatures: tuple[Signature | None, ...]
+    calibration: Calibration | None = None
+    is_stale: bool = False
 
     @property
     def paths(self) -> list[Path]:
@@ -68,11 +74,30 @@ class Pool:
         coefficients[list(positions)] = values
         return coefficients
 
+    def with_priors(self, coefficients: Array) -> Array:
+        """Coefficients (k,), not negative, times the bank's priors, with the same sum.
 
-def open_pool(bank: Bank, identity: BaseIdentity, exclude: Sequence[str]) -> Pool:
+        An adapter without a prior has the mean of those that have one.
+        """
+        priors = self.calibration.priors if self.calibration else {}
+        known = [priors[name] for name in self.names if name in priors]
+        if not known:
+            return coefficients
+        values = np.array([priors.get(name, float(np.mean(known))) for name in self.names])
+        weighted = coefficients * values
+        return np.asarray(weighted * (coefficients.sum() / weighted.sum()))
+
+
+def open_pool(
+    bank: Bank, identity: BaseIdentity, exclude: Sequence[str], *, calibrated: bool = True
+) -> Pool:
     """The adapters of `bank` for this base whose names match none of the patterns.
 
+    Args:
+        calibrated: use the bank's calibration where there is one.
+
     Raises:
+        InvalidFile: a damaged calibration or signature.
         BankError: none is left; the other bases in the bank are named.
     """
     everything = bank.records()
@@ -94,7 +119,11 @@ def open_pool(bank: Bank, identity: BaseIdentity, exclude: Sequence[str]) -> Poo
         bank.signature(record.name, identity.id) if record.has_signature else None
         for record in records
     )
-    return Pool(bank.path, records, signatures)
+    stored = read_calibration(bank, identity.id) if calibrated else None
+    if stored is None:
+        return Pool(bank.path, records, signatures)
+    is_stale = stored.is_stale(everything)
+    return Pool(bank.path, records, signatures, None if is_stale else stored.values, is_stale)
 
 
 def find_warnings(pool: Pool, template_key: str) -> list[str]:
@@ -105,6 +134,11 @@ def find_warnings(pool: Pool, template_key: str) -> list[str]:
         found.append(
             f"{len(others)} adapter(s) were trained with another prompt template and may help "
             f"less with this one: {_listed(others)}"
+        )
+    if pool.is_stale:
+        found.append(
+            "the bank's calibration is of another set of adapters and is not used; make it anew "
+            "with `edgelora bank calibrate`"
         )
     unsigned = [pool.names[i] for i in pool.unsigned]
     if unsigned:

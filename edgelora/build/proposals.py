@@ -22,7 +22,8 @@ from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import EdgeLoRAError
 from edgelora.operators import surrogate
 from edgelora.operators.distances import prepare
-from edgelora.operators.heads import OPERATORS, gibbs, neural
+from edgelora.operators.heads import OPERATORS, attentional, gibbs, neural
+from edgelora.operators.mixture import REGULARISATION
 from edgelora.operators.neural import FILE_NAME, load_heads
 from edgelora.signature import Signature
 from edgelora.summarise import DEFAULT_N_EMBEDDED, summarise_examples
@@ -33,10 +34,11 @@ Proposal = tuple[str, Array]
 PENALTIES = (5.0, 1.0)
 NONE = "none"
 LOSS_TEMPERATURE = 1.0
+ACTIVATED = ("logo", "arrow")  # by what adapters do to activations: edgelora.build.activated
 # The searches of `build.forward`, each with the operator whose candidates it goes on from.
 WARM_STARTS = {"relinearised": "surrogate", "halving": NONE, "coordinate": "surrogate",
                "cma": "surrogate"}  # fmt: skip
-OPERATOR_NAMES = ("auto", NONE, "mixture", "surrogate", *WARM_STARTS, *OPERATORS)
+OPERATOR_NAMES = ("auto", NONE, "mixture", "surrogate", *WARM_STARTS, *OPERATORS, *ACTIVATED)
 _MIN_SHOWN = 6
 
 
@@ -101,7 +103,16 @@ def find_nearness(
         target = summarise_examples(
             context, examples, cache=cache, n_embedded=n_embedded, seed=seed, progress=progress
         )
-    distances = pool.spread(pool.signed, distances_from(target))
+    return _nearness(pool, target, distance, distances_from(target))
+
+
+def compare(pool: Pool, target: Signature, distance: str, seed: int) -> Nearness:
+    """The distances of a signature to those that the pool has, at least one."""
+    return _nearness(pool, target, distance, prepare(distance, pool.others, seed=seed)(target))
+
+
+def _nearness(pool: Pool, target: Signature, distance: str, measured: Array) -> Nearness:
+    distances = pool.spread(pool.signed, measured)
     distances[pool.unsigned] = np.inf
     return Nearness(distance, target, distances)
 
@@ -111,15 +122,18 @@ def shortlist(
 ) -> tuple[list[int], list[TokenisedExample]]:
     """Which adapters to measure, on which examples, so that both fit `n_tokens`.
 
-    All adapters on all examples if that fits; else on the shortest examples, at least 6; else
-    only the nearest adapters.
+    All adapters on all examples if that fits; else no more adapters than the bank's calibration
+    found to be enough, on the shortest examples, at least 6; else only the nearest adapters.
     """
     shown = sorted(support, key=lambda example: example.n_tokens)
     k = len(pool.records)
+    if pool.calibration and nearness and (k + 1) * count_tokens(shown) > n_tokens:
+        k = min(k, pool.calibration.shortlists.get(nearness.distance, k))
     while len(shown) > _MIN_SHOWN and (k + 1) * count_tokens(shown) > n_tokens:
         shown.pop()
     n_measured = min(k, max(1, n_tokens // max(1, count_tokens(shown)) - 1))
-    order = np.argsort(nearness.distances, kind="stable") if nearness else np.arange(k)
+    everything = np.arange(len(pool.records))
+    order = np.argsort(nearness.distances, kind="stable") if nearness else everything
     return sorted(int(i) for i in order[:n_measured]), shown
 
 
@@ -171,11 +185,15 @@ def propose(
 ) -> list[Proposal]:
     """The candidates' coefficients, simplest first; with a named operator only that one.
 
+    Those by activations are made elsewhere.
+
     Raises:
         EdgeLoRAError: the operator needs signatures, or measured losses, and there are none.
     """
     names = _expand(operator, nearness is not None, measured is not None)
-    return [p for name in names for p in _named(name, pool, nearness, measured)]
+    return [
+        p for name in names if name not in ACTIVATED for p in _named(name, pool, nearness, measured)
+    ]
 
 
 def count_candidates(options: Options, has_nearness: bool) -> int:
@@ -226,14 +244,26 @@ def _named(
         raise EdgeLoRAError(
             f"the operator {operator} needs signatures, and no adapter of the bank has one",
             hint="Add the datasets with `edgelora bank add --data`, or choose --operator "
-            f"{'gibbs' if measured else 'uniform'}.",
+            f"{'gibbs' if measured else 'logo, arrow or uniform'}.",
         )
-    if operator == "mixture":
-        weights = open_mixture(pool.others).match(nearness.target).coefficients
-        return [(operator, pool.spread(pool.signed, weights))]
+    if operator in CALIBRATED:
+        return [(operator, pool.with_priors(CALIBRATED[operator](pool, nearness)))]
     if operator == "neural":
         return [(operator, _neural(pool, nearness))]
     return [(operator, OPERATORS[operator](nearness.distances))]
+
+
+def _mixture(pool: Pool, nearness: Nearness) -> Array:
+    fit = pool.calibration.mixture if pool.calibration else None
+    strength = fit.temperature if fit else REGULARISATION
+    found = open_mixture(pool.others).match(nearness.target, strength=strength)
+    return pool.spread(pool.signed, found.coefficients)
+
+
+def _attentional(pool: Pool, nearness: Nearness) -> Array:
+    fits = pool.calibration.distances if pool.calibration else {}
+    fit = fits.get(nearness.distance)
+    return attentional(nearness.distances, temperature=fit.temperature if fit else None)
 
 
 def _neural(pool: Pool, nearness: Nearness) -> Array:
@@ -254,8 +284,13 @@ def _least_loss(pool: Pool, measured: Measured) -> list[Proposal]:
 
 
 def _loss_weighted(pool: Pool, measured: Measured) -> list[Proposal]:
-    weights = gibbs(measured.losses, temperature=LOSS_TEMPERATURE)
-    return [("loss-weighted", pool.spread(measured.positions, weights))]
+    return [("loss-weighted", pool.with_priors(_gibbs(pool, measured)))]
+
+
+def _gibbs(pool: Pool, measured: Measured) -> Array:
+    fit = pool.calibration.gibbs if pool.calibration else None
+    weights = gibbs(measured.losses, temperature=fit.temperature if fit else LOSS_TEMPERATURE)
+    return pool.spread(measured.positions, weights)
 
 
 def _surrogates(pool: Pool, measured: Measured) -> list[Proposal]:
@@ -275,4 +310,5 @@ def _surrogates(pool: Pool, measured: Measured) -> list[Proposal]:
     return found
 
 
+CALIBRATED = {"mixture": _mixture, "attentional": _attentional}
 ON_LOSSES = {"least loss": _least_loss, "gibbs": _loss_weighted, "surrogate": _surrogates}

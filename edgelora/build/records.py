@@ -34,6 +34,8 @@ class Options:
             counts three.
         combine, rank, dtype: see adapters.merge.merge_adapters.
         exclude: glob patterns of adapter names to leave out.
+        calibrated: use the temperatures, shortlist and priors that `edgelora bank calibrate`
+            fitted on the bank, where it did.
         force: overwrite the output, and write the best candidate even if the base is better.
     """
 
@@ -50,6 +52,7 @@ class Options:
     dtype: str = "f16"
     seed: int = 0
     exclude: tuple[str, ...] = ()
+    calibrated: bool = True
     force: bool = False
 
     @property
@@ -91,6 +94,7 @@ class Plan:
         n_measured: adapters whose loss is measured, of the `n_adapters` that fit the base.
         n_shown: support examples that each of them is measured on (the shortest).
         n_tokens: estimate of all tokens that the build computes.
+        by: what decides where nothing is measured: "distances", "activations" or "description".
         tokens_per_s: speed of the base's own pass a moment ago; NaN where there is none.
         gradient: what gradients cost; it is a part of n_tokens.
     """
@@ -105,6 +109,7 @@ class Plan:
     budget_tokens: int
     tokens_per_s: float
     gradient: GradientPlan | None = None
+    by: str = "distances"
 
     @property
     def seconds(self) -> float:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
+from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
 from edgelora.build.choosing import choose
 from edgelora.build.crossing import assign_folds, is_crossed
 from edgelora.build.finish import applied, crossed_judgement, judge, keep_signature, write_trial
@@ -22,6 +23,7 @@ from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unme
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
 from edgelora.build.proposals import (
+    ACTIVATED,
     NONE,
     OPERATOR_NAMES,
     Measured,
@@ -81,25 +83,43 @@ def build(
         EdgeLoRAError: a budget too small for the comparisons, an operator that lacks its input, a
             full disk, or another process that makes the same file.
     """
-    options, listener = options or Options(), listener or Listener()
-    _refuse_unknown(options)
     if not dataset.examples:
         raise DatasetError(f"{dataset.path}: no examples")
-    if out.exists() and not options.force:
-        raise AlreadyExists(f"{out} exists already", hint="Choose another name or add --force.")
-    pool = open_pool(bank, model.base.identity, options.exclude)
-    work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
-    for message in find_warnings(pool, template.key):
-        work.warn(message)
+    work = open_work(model, bank, template, out, options or Options(), listener or Listener())
     build_it = _build_measured if dataset.has_completions else _build_unmeasured
+    with folder_beside(out) as folder:
+        return build_it(work, dataset, folder)
+
+
+@contextmanager
+def folder_beside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` for the files of a build (see files.working_folder).
+
+    Raises:
+        EdgeLoRAError: a full disk, or another process that makes the same file.
+    """
     try:
         with working_folder(out) as folder:
-            return build_it(work, dataset, folder)
+            yield folder
     except OSError as error:
         raise EdgeLoRAError(
             f"{out}: not written: {error.strerror or error} ({error.filename or 'while writing'})",
             hint="Make room, or choose a folder that can be written to, and run it again.",
         ) from error
+
+
+def open_work(
+    model: Model, bank: Bank, template: Template, out: Path, options: Options, listener: Listener
+) -> Work:
+    """A build about to begin, with what is worth a warning told; errors are those of `build`."""
+    _refuse_unknown(options)
+    if out.exists() and not options.force:
+        raise AlreadyExists(f"{out} exists already", hint="Choose another name or add --force.")
+    pool = open_pool(bank, model.base.identity, options.exclude, calibrated=options.calibrated)
+    work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
+    for message in find_warnings(pool, template.key):
+        work.warn(message)
+    return work
 
 
 def _refuse_unknown(options: Options) -> None:
@@ -131,11 +151,14 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     parts = tokenise_parts(work, split)
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
+        activations = open_activations(work, work.options.operator, parts.support)
         steps = _open_steps(work, stack, parts.support, has_completions=True)
         nearness, measured, shown = measure_parts(work, split, parts)
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
         context = stack.enter_context(open_context(work.model))
+        if activations is not None:
+            trials.append(try_activated(work, context, activations, nearness, shown, folder))
         made = _take_steps(work, context, steps, nearness, shown, folder, trials)
         choice = choose(work, context, trials, parts, shown, folder)
         with publish(work.out, force=work.options.force) as temporary:
@@ -145,7 +168,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     if parts.is_crossed:
         judgement = crossed_judgement(choice.scores, choice.base, work.options.seed)
     losses = {t.candidate.name: t.loss for t in trials}
-    built = _built(work, choice.trial, nearness, measured, losses, merge)
+    built = make_built(work, choice.trial, nearness, measured, losses, merge)
     return replace(
         built, verdict=choice.verdict, judgement=judgement, refined=made.refined,
         trained=made.trained,
@@ -161,16 +184,23 @@ def _split(work: Work, dataset: Dataset) -> Split:
 
 
 def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
-    """Without completions: by distances, or gradients of an objective that needs none."""
+    """Without completions: by distances, activations, or gradients of another objective."""
     operator = _refuse_without_completions(work)
     texts = tokenise_examples(work.model, work.template, dataset.examples)
     with ExitStack() as stack:
+        activations = open_activations(work, operator, texts)
         steps = _open_steps(work, stack, texts, has_completions=False)
         with open_context(work.model, hidden=True) as hidden:
             nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
-        work.listener.plan(plan_unmeasured(work, len(dataset.examples)))
-        ((name, coefficients),) = propose(work.pool, nearness, None, operator)
-        trial, refined = _make(work, name, coefficients, folder), None
+        by = "distances" if activations is None else "activations"
+        work.listener.plan(plan_unmeasured(work, len(dataset.examples), by))
+        if activations is not None:
+            weights = weigh(work, activations)
+            trial = make_activated(work, activations, weights, nearness, folder)
+        else:
+            ((name, coefficients),) = propose(work.pool, nearness, None, operator)
+            trial = _make(work, name, coefficients, folder)
+        refined = None
         if steps is not None:
             trial, refined = refine(
                 work, steps.gradients, trial.candidate, nearness, steps.state, folder
@@ -180,7 +210,7 @@ def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
             with open_context(work.model) as context, applied(context, temporary):
                 pass  # loading it is the check: a file that llama.cpp refuses is not published
             keep_signature(work, nearness)
-    return replace(_built(work, trial, nearness, None, {}, merge), refined=refined)
+    return replace(make_built(work, trial, nearness, None, {}, merge), refined=refined)
 
 
 def _refuse_without_completions(work: Work) -> str:
@@ -203,8 +233,12 @@ def _refuse_without_completions(work: Work) -> str:
             "whether answers get better"
         )
         return "uniform" if options.operator == "auto" else options.operator
-    work.warn("the dataset has no completions: losses cannot be measured, distances alone decide")
-    return "mixture" if options.operator == "auto" else options.operator
+    operator = options.operator
+    if operator == "auto":
+        operator = "mixture" if work.pool.signed else "logo"
+    by = "activations" if operator in ACTIVATED else "distances"
+    work.warn(f"the dataset has no completions: losses cannot be measured, {by} alone decide")
+    return operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +339,7 @@ def _make(work: Work, name: str, coefficients: NDArray[np.float64], folder: Path
     )  # fmt: skip
 
 
-def _built(
+def make_built(
     work: Work,
     trial: Trial,
     nearness: Nearness | None,
@@ -313,6 +347,7 @@ def _built(
     support_losses: dict[str, float],
     merge: MergeReport | None,
 ) -> Built:
+    """The account of a finished build; warnings of the merge are told."""
     names, candidate = work.pool.names, trial.candidate
     for message in merge.warnings if merge else ():
         work.warn(message)

@@ -96,16 +96,12 @@ def make_trial(
 ) -> Trial:
     """Combine adapters into a file of `folder`; a single adapter is its own file.
 
-    Coefficients below 1 % of the largest are dropped and the others rounded, so that float noise in
-    what they were computed from does not change a byte of the result.
-
     Args:
         hashes: of what is in the files, where they are known: then a sum with one coefficient for
             all comes from the cache, if it is there (see means).
         progress: (stage, tensors done, tensors in all).
     """
-    negligible = np.abs(coefficients) < _NEGLIGIBLE * np.abs(coefficients).max()
-    kept = np.where(negligible, 0.0, coefficients).astype(np.float64).round(_decimals(coefficients))
+    kept = settled(coefficients)
     used = [int(i) for i in np.flatnonzero(kept)]
     if len(used) == 1:
         scale = float(kept[used[0]])
@@ -120,6 +116,16 @@ def make_trial(
     else:
         merge_adapters(files, values, path, progress=tell)
     return Trial(Candidate(name, kept), path)
+
+
+def settled(coefficients: Array) -> Array:
+    """Coefficients without those below 1 % of the largest, the others rounded.
+
+    So float noise in what they were computed from does not change a byte of the result.
+    """
+    negligible = np.abs(coefficients) < _NEGLIGIBLE * np.abs(coefficients).max()
+    kept = np.where(negligible, 0.0, coefficients).astype(np.float64)
+    return np.asarray(kept.round(_decimals(coefficients)))
 
 
 def _decimals(coefficients: Array) -> int:

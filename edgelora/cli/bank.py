@@ -25,6 +25,7 @@ from edgelora.bank.adding import (
 from edgelora.bank.requests import make_requests
 from edgelora.bank.store import with_template
 from edgelora.cli import console
+from edgelora.cli.calibrate import calibrate, calibration_facts
 from edgelora.cli.signatures import signatures
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def command() -> None:
 
 
 command.add_command(signatures)
+command.add_command(calibrate)
 
 
 @command.command()
@@ -183,7 +185,8 @@ def _details(outcome: Outcome) -> str:
 @console.common_options
 def ls(bank_path: Path, as_json: bool, **_: Any) -> None:
     """List the adapters of a bank."""
-    listing = open_bank(bank_path).listing()
+    bank = open_bank(bank_path)
+    listing = bank.listing()
     for warning in listing.warnings:
         console.warn(console.safe(warning))
     for file, reason in listing.damaged:
@@ -191,12 +194,15 @@ def ls(bank_path: Path, as_json: bool, **_: Any) -> None:
     if as_json:
         damaged = [{"file": file, "reason": reason} for file, reason in listing.damaged]
         records = [record.to_json() for record in listing.records]
-        console.show_json({"bank": str(bank_path), "adapters": records, "damaged": damaged})
+        told = {"bank": str(bank_path), "adapters": records, "damaged": damaged}
+        console.show_json(told | {"calibrations": calibration_facts(bank, listing.records)})
         return
     titles = ("name", "rank", "tensors", "type", "MB", "signature", "template", "source")
     console.show_columns([titles, *(_cells(record) for record in listing.records)])
     n_unsigned = sum(not record.has_signature for record in listing.records)
     console.say(f"{len(listing.records)} adapters, {n_unsigned} without a signature")
+    for facts in calibration_facts(bank, listing.records):
+        console.say(console.safe(f"calibration {facts['file']}: {facts['state']}"))
 
 
 def _cells(record: BankRecord) -> tuple[str, ...]:

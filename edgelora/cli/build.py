@@ -39,6 +39,7 @@ _N_RANKED = 5
     "--bank", "bank_path", required=True, type=click.Path(path_type=Path), help="Folder of a bank."
 )
 @functools.partial(data_options, required=False)
+@click.option("--describe", help="Instead of --data: the task in words, nothing else.")
 @click.option(
     "--from",
     "recorded",
@@ -76,9 +77,12 @@ _N_RANKED = 5
     default=0,
     help="Passes of training of the best candidate's factors (default: none).",
 )
-@click.option("--distance", help="Between datasets (default: bures).")
+@click.option("--distance", help="Between datasets (default: bures; with --describe: cosine).")
 @combine_options
 @click.option("--exclude", multiple=True, help="Adapters to leave out, a pattern; repeatable.")
+@click.option(
+    "--uncalibrated", is_flag=True, help="Leave what `bank calibrate` fitted on the bank aside."
+)
 @click.option("--force", is_flag=True, help="Overwrite; write even if the base is better.")
 @json_option
 @console.common_options
@@ -86,6 +90,7 @@ def command(
     base: str,
     bank_path: Path,
     data: Path | None,
+    describe: str | None,
     recorded: Path | None,
     prompt_key: str | None,
     completion_key: str | None,
@@ -98,7 +103,7 @@ def command(
 ) -> None:
     """Combine adapters of a bank into one for your dataset."""
     from edgelora.bank import open_bank
-    from edgelora.build import build
+    from edgelora.build import build, build_described
     from edgelora.cli.repeat import repeat_build
     from edgelora.engine.prepare import model_template
 
@@ -106,21 +111,31 @@ def command(
         raise SystemExit(
             repeat_build(recorded, bank_path, base, out, bool(choices["force"]), as_json)
         )
-    if data is None:
-        raise click.UsageError("Missing option '--data' (or '--from', to repeat a build).")
-    options = _options(**choices)
+    if (data is None) == (describe is None):
+        raise click.UsageError("One of --data and --describe (or --from, to repeat a build).")
+    options = _options(is_described=describe is not None, **choices)
     bank = open_bank(bank_path)
-    dataset = load_dataset(data, prompt_key, completion_key)
+    dataset = load_dataset(data, prompt_key, completion_key) if data else None
     with open_engine(base, threads, low_ram) as model, _listener() as listener:
         used = model_template(model, template)
-        built = build(model, bank, dataset, used, out, options, listener)
+        if dataset is None:
+            built = build_described(model, bank, describe or "", used, out, options, listener)
+        else:
+            built = build(model, bank, dataset, used, out, options, listener)
     if as_json:
         console.show_json(_as_json(built))
     else:
         _show(built)
 
 
-def _options(budget: int | None, distance: str | None, **choices: Any) -> Any:
+def _options(
+    budget: int | None,
+    distance: str | None,
+    is_described: bool,
+    uncalibrated: bool,
+    **choices: Any,
+) -> Any:
+    from edgelora.build.described import DESCRIBED_DISTANCE
     from edgelora.build.proposals import OPERATOR_NAMES
     from edgelora.build.records import (
         DEFAULT_BUDGET,
@@ -133,7 +148,8 @@ def _options(budget: int | None, distance: str | None, **choices: Any) -> Any:
     from edgelora.gradient.variables import WEIGHTS
     from edgelora.operators.distances import DISTANCES
 
-    options = Options(distance=distance or DEFAULT_DISTANCE, **choices)
+    usual = DESCRIBED_DISTANCE if is_described else DEFAULT_DISTANCE
+    options = Options(distance=distance or usual, calibrated=not uncalibrated, **choices)
     for name, value, known in (
         ("--operator", options.operator, OPERATOR_NAMES),
         ("--distance", options.distance, DISTANCES),
@@ -194,10 +210,12 @@ def _show_pass(losses: PassLoss) -> None:
 
 def _show_forward_plan(plan: Plan) -> None:
     if math.isnan(plan.tokens_per_s):
-        console.say(
-            f"plan: distances from {plan.n_support} examples to {plan.n_adapters} adapters; "
-            f"{plan.n_tokens:,} tokens at most"
-        )
+        decided = {
+            "distances": f"distances from {plan.n_support} examples to",
+            "activations": f"activations of the base on {plan.n_support} examples, and of",
+            "description": "distances from the description to the mean prompts of",
+        }[plan.by]
+        console.say(f"plan: {decided} {plan.n_adapters} adapters; {plan.n_tokens:,} tokens at most")
         return
     parts = (
         f"{plan.n_support} examples to find coefficients (support), {plan.n_selection} to "

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 # What is printed of the provenance, in this order; the rest are lists with a form of their own.
 _TITLES = {
     "operator": "operator",
+    "description": "described as",
+    "prompts": "prompts",
     "distance": "distance",
+    "calibrated on": "calibrated",
     "method": "combined by",
     "scale": "scale",
     "error": "error",

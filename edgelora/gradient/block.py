@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,15 +15,25 @@ from edgelora.gradient.updates import Updates
 from edgelora.gradient.weights import Array, Weights
 
 
+def _unwatched(name: str, x: Array) -> None:
+    """Nobody looks at the inputs."""
+
+
 @dataclass(frozen=True, eq=False)
 class Linears:
-    """Matrices with their biases and with what the adapters add: y = x W^T + b + s x A^T B^T."""
+    """Matrices with their biases and with what the adapters add: y = x W^T + b + s x A^T B^T.
+
+    Attributes:
+        watch: shown the name of each matrix and its input x, (t, in), on the way forward.
+    """
 
     weights: Weights
     updates: Updates
+    watch: Callable[[str, Array], None] = _unwatched
 
     def forward(self, x: Array, stem: str) -> Array:
         """y (t, out) for x (t, in); `stem` is the tensor's name without `.weight`."""
+        self.watch(f"{stem}.weight", x)
         y = self.weights.times(x, f"{stem}.weight")
         if f"{stem}.bias" in self.weights:
             y += self.weights.vector(f"{stem}.bias")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from edgelora.gradient.updates import Updates
 from edgelora.gradient.weights import Array, Weights
 
 Progress = Callable[[int], None]
+# Shown the rows of a pass, the name of a matrix and its input (t, in).
+Watch = Callable[[Pack, str, Array], None]
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,30 @@ class Decoder:
             losses = self._forward_backward(pack, updates, observe, options, weight, progress)
             np.add.at(values, pack.owners, losses)
         return _scores(values, examples)
+
+    def watch(
+        self,
+        examples: Sequence[TokenisedExample],
+        updates: Updates,
+        seen: Watch,
+        options: PassOptions | None = None,
+        progress: Progress = lambda n_blocks: None,
+    ) -> None:
+        """A forward pass in which `seen` is shown the input of every matrix of the blocks.
+
+        Args:
+            progress: called with 1 after each block.
+
+        Raises:
+            EdgeLoRAError: examples that are empty, too long or outside the vocabulary.
+        """
+        for pack in self._packs(examples, options or PassOptions()):
+            linears = Linears(self.weights, updates, partial(seen, pack))
+            self._hidden(pack, linears, progress)
+
+    def count_packs(self, examples: Sequence[TokenisedExample], options: PassOptions) -> int:
+        """Stretches of rows that one pass computes one after the other."""
+        return len(self._packs(examples, options))
 
     def count_rows(self, examples: Sequence[TokenisedExample], options: PassOptions) -> int:
         """Rows of tokens that one pass computes."""

@@ -49,6 +49,7 @@ def match(
     others: Sequence[Signature],
     *,
     regularisation: float | None = None,
+    strength: float = REGULARISATION,
     completion_weight: float = COMPLETION_WEIGHT,
 ) -> Match:
     """Coefficients that minimise MMD^2(P_target, sum w_i P_i) + lambda sum w log w on the simplex.
@@ -58,13 +59,13 @@ def match(
     ones. Convex, since V-statistics keep the Gram matrix positive semidefinite.
 
     Args:
-        regularisation: lambda; by default a tenth of the spread of the slopes at the uniform
-            mixture, so that it needs no unit.
+        regularisation: lambda; by default `strength` (a tenth) of the spread of the slopes at the
+            uniform mixture, so that it needs no unit.
 
     Raises:
         ValueError: there is no other signature, or lambda is negative.
     """
-    return MixtureBank(others, completion_weight).match(target, regularisation)
+    return MixtureBank(others, completion_weight).match(target, regularisation, strength=strength)
 
 
 def mixture(
@@ -72,22 +73,31 @@ def mixture(
     others: Sequence[Signature],
     *,
     temperature: float | None = None,
+    strength: float = REGULARISATION,
     completion_weight: float = COMPLETION_WEIGHT,
 ) -> Array:
     """The coefficients of `match` alone, (k,) float64; `temperature` is its lambda."""
-    found = match(target, others, regularisation=temperature, completion_weight=completion_weight)
-    return found.coefficients
+    return match(
+        target,
+        others,
+        regularisation=temperature,
+        strength=strength,
+        completion_weight=completion_weight,
+    ).coefficients
 
 
-def solve(gram: Array, cross: Array, regularisation: float) -> tuple[Array, float]:
+def solve(
+    gram: Array, cross: Array, regularisation: float, *, wanted_gap: float = GAP
+) -> tuple[Array, float]:
     """Minimise w' gram w - 2 cross' w + lambda sum w log w on the simplex by mirror descent.
 
     Each step minimises the linearised quadratic, the entropy itself and KL(w || previous) / eta;
     eta = 1 / (2 max |gram|) makes it a descent step (Lu, Freund and Nesterov, 2018,
-    arXiv:1610.05708). It stops at a duality gap of 1e-9, or after 50,000 steps.
+    arXiv:1610.05708). It stops at the wanted duality gap, or after 50,000 steps.
 
     Args:
         gram: (k, k) positive semidefinite.  cross: (k,).
+        wanted_gap: KL(w || w*) is at most the gap divided by lambda.
 
     Returns:
         w (k,) float64, and the duality gap that was reached.
@@ -108,7 +118,7 @@ def solve(gram: Array, cross: Array, regularisation: float) -> tuple[Array, floa
         gap = _gap(weights, slopes, full, regularisation)
         if gap < best_gap:
             best, best_gap = weights, gap
-        if gap < GAP:
+        if gap < wanted_gap:
             break
         logs = (logs - eta * slopes) / (1.0 + eta * regularisation)
         logs -= _log_sum_exp(logs)
@@ -151,12 +161,18 @@ class MixtureBank:
         """By field, the mean kernels between every two adapters, (k, k)."""
         return {name: bank.gram for name, bank in self._banks.items()}
 
-    def match(self, target: Signature, regularisation: float | None = None) -> Match:
+    def match(
+        self,
+        target: Signature,
+        regularisation: float | None = None,
+        *,
+        strength: float = REGULARISATION,
+    ) -> Match:
         """See `match`."""
         gram, cross, own = self.kernel_means(target)
         if regularisation is None:
             slopes = 2.0 * (gram.mean(axis=1) - cross)
-            regularisation = REGULARISATION * float(slopes.std())
+            regularisation = strength * float(slopes.std())
         coefficients, gap = solve(gram, cross, regularisation)
         squared = float(coefficients @ gram @ coefficients - 2.0 * cross @ coefficients + own)
         squares = np.diag(gram) - 2.0 * cross + own
