@@ -12,25 +12,28 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import adapter_benchmark.results as adapters
 import adapter_benchmark.scale as scale
 import gradient_quality.report as gradients
+import operators_benchmark.report as operators
 import suggest_benchmark.report as suggestions
 from gradient_quality.measuring import read_results as read_gradients
+from operators_benchmark.results import read_results as read_operators
 from result_lines import newest
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "serve.jsonl"
 PAGE = ROOT / "docs" / "performance.md"
 SUGGESTIONS = ROOT / "results" / "suggest.jsonl"
-SUGGESTIONS_PAGE = ROOT / "docs" / "results.md"
+RESULTS_PAGE = ROOT / "docs" / "results.md"
 GRADIENTS = ROOT / "results" / "gradient_quality.jsonl"
 GRADIENTS_PAGE = ROOT / "docs" / "gradient.md"
 SCALE_PAGE = ROOT / "docs" / "scale.md"
+OPERATORS = ROOT / "results" / "operators.jsonl"
 NOTHING = "Not measured yet."
 Measured = dict[str, Any]
 
@@ -65,9 +68,21 @@ def put(page: str, part: str, text: str) -> str:
     return page
 
 
+def put_all(page: str, told: Mapping[str, str]) -> str:
+    """The page with every text at its place.
+
+    Raises:
+        SystemExit: see put.
+    """
+    for name, text in told.items():
+        page = put(page, name, text)
+    return page
+
+
 def pages() -> dict[Path, str]:
     """Every page with tables, as the results say that it should be."""
-    told = suggestions.report(read_results(SUGGESTIONS))
+    told = {"suggest": suggestions.report(read_results(SUGGESTIONS))}
+    told |= operators.sections(read_operators(OPERATORS))
     return {
         PAGE: put(
             fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
@@ -84,7 +99,7 @@ def pages() -> dict[Path, str]:
             "scale",
             scale.report(scale.read_rows(scale.RESULTS)),
         ),
-        SUGGESTIONS_PAGE: put(SUGGESTIONS_PAGE.read_text(encoding="utf-8"), "suggest", told),
+        RESULTS_PAGE: put_all(RESULTS_PAGE.read_text(encoding="utf-8"), told),
     }
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from result_lines import append
+from result_lines import append_line
 
 from edgelora.adapters.merge import one_blas_thread
 from edgelora.bank import Bank, open_bank
@@ -76,7 +76,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.only_page:
         row = measure(arguments)
-        append(arguments.results, row)
+        append_line(arguments.results, row)
     told = report(read_results(arguments.results)[-1])
     print(told)
     if arguments.page:

@@ -38,7 +38,7 @@ from gradient_quality.measuring import (
     read_results,
 )
 from gradient_quality.report import report
-from result_lines import Row, append
+from result_lines import Row, append_line
 
 from edgelora.bases import resolve
 from edgelora.embedding_cache import cache_folder
@@ -126,7 +126,7 @@ def measure_one(
         facts=facts,
     )
     for row in rows:
-        append(options.results, row)
+        append_line(options.results, row)
         done[key_of(row)] = row
         print(f"  {row['arm']}: {row['loss']} {row['exact']} {row['cpu_s']} s",
               file=sys.stderr, flush=True)  # fmt: skip

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from result_lines import append
+from result_lines import append_line
 
 from edgelora.metrics import paired_bootstrap, recovered_share
 
@@ -49,7 +49,7 @@ def main() -> None:
             continue
         print(f"{number}/{len(drawn)} {task}", file=sys.stderr, flush=True)
         done[task] = run_task(task, adapters, arguments)
-        append(arguments.results, done[task])
+        append_line(arguments.results, done[task])
     print(report([done[task] for task in drawn]))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from build_peers import find_peers, is_built
-from result_lines import append
+from result_lines import append_line
 from serve_benchmark.facts import SHAPE, Row, Run, about, say, shaped_model, small_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def main() -> int:
             row = row | about(run)
             _show(row)
             if options.out:
-                append(options.out, row)
+                append_line(options.out, row)
             met &= all(bound["met"] for bound in row["targets"])
     return 0 if met else 1
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from bench_report import read_results
-from result_lines import append
+from result_lines import append_line
 from suggest_benchmark.arms import ARMS, Arm, Matrix, Scores, matrices
 from suggest_benchmark.measuring import cells, combined, judged, quality, tuned
 from suggest_benchmark.queries import Query, lab_queries, row_queries
@@ -50,7 +50,7 @@ def main() -> None:
     for arm in missing:
         print(arm.name, file=sys.stderr, flush=True)
         row = measure(arm, queries, catalogue, counts) | {"seeds": arguments.seeds}
-        append(arguments.results, row)
+        append_line(arguments.results, row)
 
 
 def measure(

@@ -15,7 +15,7 @@ from typing import Any
 import builds
 import pico
 import pytest
-from result_lines import append
+from result_lines import append_line
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "benchmark_gradient_quality.py"
@@ -159,5 +159,5 @@ def test_a_half_written_line_is_measured_again(parts: Any, tmp_path: Path) -> No
     path, measuring = tmp_path / "r.jsonl", parts["measuring"]
     path.write_text(json.dumps(line("a", "base", 5.0)) + '\n{"bed": "b", "task')
     assert len(measuring.read_results(path)) == 1
-    append(path, line("a", "own", 1.0))
+    append_line(path, line("a", "own", 1.0))
     assert len(measuring.read_results(path)) == 2

@@ -25,6 +25,7 @@ from edgelora.bank.adding import (
 from edgelora.bank.requests import make_requests
 from edgelora.bank.store import with_template
 from edgelora.cli import console
+from edgelora.cli.bank_evaluation import evaluate
 from edgelora.cli.calibrate import calibrate, calibration_facts
 from edgelora.cli.signatures import signatures
 
@@ -47,6 +48,7 @@ def command() -> None:
 
 command.add_command(signatures)
 command.add_command(calibrate)
+command.add_command(evaluate)
 
 
 @command.command()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from result_lines import Row, append, newest
+from result_lines import Row, append_line, newest
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "adapters.jsonl"
 
@@ -20,7 +20,7 @@ def add(path: Path, row: Row) -> None:
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     told = row | {"machine": machine, "when": when}
     print(json.dumps(told), flush=True)
-    append(path, told)
+    append_line(path, told)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,13 +18,16 @@ from edgelora.bank.opening import open_bank
 from edgelora.bank.requests import make_requests
 from edgelora.bank.store import Bank
 from edgelora.build.pool import Pool, open_pool
-from edgelora.datasets.read import read_dataset
 from edgelora.datasets.records import Example
 from edgelora.datasets.template import Template
 from edgelora.engine.model import Model, ModelOptions, open_model
 from edgelora.engine.prepare import model_template, tokenise_examples
 from edgelora.engine.score import TokenisedExample
 from edgelora.gradient.decoder import Decoder, open_decoder
+from edgelora.leave_one_out import splits
+from edgelora.leave_one_out.cases import draw
+
+N_PROMPTS = 16  # what a person without labels brings
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +46,23 @@ class Bed:
         """Adapters of the bank that have a dataset."""
         return sorted(r.name for r in self.bank.records() if (self.data / r.name).is_dir())
 
+    @cached_property
+    def origins(self) -> dict[str, splits.Origin]:
+        """Sources and categories of each task, by its card."""
+        found = {}
+        for task in self.tasks:
+            card = json.loads((self.data / task / "task.json").read_text(encoding="utf-8"))
+            parts = (card["source"], card.get("category", ()))
+            found[task] = splits.Origin(*(frozenset(map(str, part)) for part in parts))
+        return found
+
     def source(self, task: str) -> frozenset[str]:
         """The datasets that a task was made from."""
-        card = json.loads((self.data / task / "task.json").read_text(encoding="utf-8"))
-        return frozenset(map(str, card["source"]))
+        return self.origins[task].sources
 
-    def hidden(self, task: str) -> list[str]:
-        """Adapters that share a source with the task, its own among them."""
-        return [other for other in self.tasks if self.source(other) & self.source(task)]
+    def hidden(self, task: str, split: str = "source") -> list[str]:
+        """Adapters that a task must do without, its own among them; see splits.hidden."""
+        return splits.hidden(task, self.origins, split)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +70,8 @@ class Case:
     """One task as a person would bring it: a few examples, and a bank that never saw its source.
 
     Attributes:
+        support: with 0 labels, N_PROMPTS lines without their completions.
+        split: what of the bank is hidden; see splits.SPLITS.
         own: the adapter that was trained on the task's whole training set.
     """
 
@@ -67,11 +80,13 @@ class Case:
     seed: int
     support: tuple[Example, ...]
     test: tuple[Example, ...]
+    split: str = "source"
 
     @cached_property
     def pool(self) -> Pool:
         """The adapters that may be combined."""
-        return open_pool(self.bed.bank, self.bed.model.base.identity, self.bed.hidden(self.task))
+        hidden = self.bed.hidden(self.task, self.split)
+        return open_pool(self.bed.bank, self.bed.model.base.identity, hidden)
 
     @cached_property
     def adapters(self) -> list[LoraFile]:
@@ -94,14 +109,15 @@ class Case:
         return tokenise_examples(self.bed.model, self.bed.template, self.test)
 
 
-def make_case(bed: Bed, task: str, *, n_labels: int, n_test: int, seed: int) -> Case:
+def make_case(
+    bed: Bed, task: str, *, n_labels: int, n_test: int, seed: int, split: str = "source"
+) -> Case:
     """Support and test lines, drawn by the seed; those of fewer labels are among those of more."""
-    parts = []
-    for name, n in (("train", n_labels), ("test", n_test)):
-        examples = read_dataset(bed.data / task / f"{name}.jsonl").examples
-        order = random.Random(f"{seed} {task} {name}").sample(range(len(examples)), len(examples))
-        parts.append(tuple(examples[i] for i in order[:n]))
-    return Case(bed, task, seed, *parts)
+    support = draw(bed.data, task, "train", n_labels or N_PROMPTS, seed=seed)
+    if not n_labels:
+        support = tuple(replace(line, completion=None, references=()) for line in support)
+    test = draw(bed.data, task, "test", n_test, seed=seed)
+    return Case(bed, task, seed, support, test, split)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from result_lines import Row
+from result_lines import Row, read_lines
 
 from edgelora import metrics
 from edgelora.engine.context import open_context
@@ -18,6 +17,7 @@ from gradient_quality.bed import Case
 
 # Arms that do not depend on the number of labels are measured once.
 WITHOUT_LABELS = ("base", "own")
+_WHOLE = {"bed", "task", "seed", "labels", "arm"}
 Key = tuple[str, str, int, int, str]
 
 
@@ -98,12 +98,4 @@ def _exact_match(case: Case, scores: Sequence[Score]) -> float:
 
 def read_results(path: Path) -> dict[Key, Row]:
     """The finished lines; one that a killed run left half-written is not counted."""
-    rows: dict[Key, Row] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                rows[key_of(row)] = row
-            except (ValueError, KeyError):
-                continue
-    return rows
+    return {key_of(row): row for row in read_lines(path) if _WHOLE <= row.keys()}

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+from edgelora.leave_one_out.lines import Row, append_line, read_lines
 
-
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """One line more, on a line of its own whatever a killed run left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        file.seek(0, 2)
-        if file.tell():
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(row).encode() + b"\n")
+__all__ = ["Row", "append_line", "newest", "read_lines"]
 
 
 def newest(path: Path, fields: Sequence[str]) -> list[Row]:
-    """The newest whole row of each combination of the fields, in the file's order.
-
-    Half a line, which a killed run left, is left out.
-    """
+    """The newest whole row of each combination of the fields, in the file's order."""
     found: dict[tuple[Any, ...], Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in read_lines(path):
         key = tuple(row.get(name) for name in fields)
         found.pop(key, None)
         found[key] = row

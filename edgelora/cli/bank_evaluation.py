@@ -1,0 +1,150 @@
+"""`edgelora bank evaluate`: what a bank is worth for new tasks, measured on its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgelora.cli import console
+from edgelora.cli.options import json_option, model_options, open_engine, show_template_warnings
+
+if TYPE_CHECKING:
+    from edgelora.leave_one_out.lines import Row
+    from edgelora.leave_one_out.run import Settings
+    from edgelora.leave_one_out.shares import Recovered
+    from edgelora.leave_one_out.summary import ArmSummary
+
+
+@click.command()
+@model_options
+@click.option(
+    "--bank", "bank_path", required=True, type=click.Path(path_type=Path), help="Folder of a bank."
+)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with ADAPTER/train.jsonl and ADAPTER/test.jsonl.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file that lines of results are added to.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["task", "source", "category"]),
+    default="source",
+    show_default=True,
+    help="What is hidden with a task's own adapter: nothing, its source, its category.",
+)
+@click.option(
+    "--labels", type=click.IntRange(min=2), default=16, show_default=True, help="Lines to build on."
+)
+@click.option(
+    "--test", "n_test", type=click.IntRange(min=1), default=50, show_default=True,
+    help="Lines to judge by.",
+)  # fmt: skip
+@click.option("--task", "tasks", multiple=True, help="Only adapters of this name; a pattern.")
+@click.option("--no-generate", is_flag=True, help="Loss only: no answers, far quicker.")
+@json_option
+@console.common_options
+def evaluate(
+    base: str,
+    bank_path: Path,
+    data: Path,
+    output: Path,
+    split: str,
+    labels: int,
+    n_test: int,
+    tasks: tuple[str, ...],
+    template: str | None,
+    low_ram: bool,
+    no_generate: bool,
+    as_json: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    """Hide each adapter and its kin, build for its task without them, and compare.
+
+    The arms are the base, the uniform mean at its best scale, the default build, and the task's own
+    adapter. Lines are added to the output as they are measured: stopped, it goes on there.
+    """
+    from edgelora.leave_one_out.run import Settings
+    from edgelora.leave_one_out.summary import summarise_arms
+
+    settings = Settings(split, labels, n_test, seed, tasks, not no_generate)
+    rows = _evaluate(base, bank_path, data, output, settings, template, threads, low_ram)
+    found = summarise_arms(rows)
+    if as_json:
+        console.show_json({"bank": str(bank_path), "rows": rows, "arms": list(map(asdict, found))})
+    else:
+        _show(found)
+
+
+def _evaluate(
+    base: str,
+    bank_path: Path,
+    data: Path,
+    output: Path,
+    settings: Settings,
+    template: str | None,
+    threads: int,
+    low_ram: bool,
+) -> list[Row]:
+    from edgelora.bank import open_bank
+    from edgelora.engine.prepare import model_template
+    from edgelora.leave_one_out.run import evaluate_bank
+    from edgelora.metrics import rouge_l
+
+    if settings.with_answers:
+        rouge_l("probe", ["probe"])  # a missing package is told before any work
+    with open_engine(base, threads, low_ram) as model, console.stages() as progress:
+        used = model_template(model, template)
+        found = evaluate_bank(
+            model, open_bank(bank_path), used, data, output, settings, progress=progress,
+            warn=lambda text: console.warn(console.safe(text)),
+        )  # fmt: skip
+    show_template_warnings(used, set())
+    return found
+
+
+def _show(found: Sequence[ArmSummary]) -> None:
+    head = ("arm", "tasks", "loss", "exact", "ROUGE-L", "recovered (95 %)", "median", "below base",
+            "worst", "tokens")  # fmt: skip
+    console.show_columns([head, *map(_cells, found)], right=(1, 2, 3, 4, 6, 7, 8, 9))
+    n = found[0].recovered.n_tasks
+    console.say(
+        f"recovered share of loss over the {n} of {found[0].n_tasks} tasks whose own adapter gains "
+        "more than 0.2 nats; worst: nats a token above the base"
+    )
+
+
+def _cells(arm: ArmSummary) -> tuple[str, ...]:
+    share = arm.recovered
+    return (
+        arm.arm,
+        str(arm.n_tasks),
+        f"{arm.loss:.4f}",
+        *("" if x is None else f"{x:.3f}" for x in (arm.exact_match, arm.rouge_l)),
+        _interval(share),
+        f"{share.median:.3f}" if share.n_tasks else "",
+        f"{share.below:.2f}",
+        f"{share.worst:+.3f}",
+        f"{arm.n_tokens:,.0f}",
+    )
+
+
+def _interval(share: Recovered) -> str:
+    """Nothing where nothing could be recovered; without bounds where one source says nothing."""
+    if not share.n_tasks:
+        return ""
+    bounds = f" [{share.low:.3f}, {share.high:.3f}]" if math.isfinite(share.low) else ""
+    return f"{share.ratio:.3f}{bounds}"

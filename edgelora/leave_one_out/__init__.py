@@ -1,0 +1,1 @@
+"""A bank judged on itself: each task with its own adapter, and all that is akin, hidden."""
