@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 
@@ -18,10 +19,20 @@ from edgelora.errors import DatasetError
 from edgelora.signature import Signature, summarise
 
 DEFAULT_N_EMBEDDED = 64
-# How texts become embeddings. Signatures that were made otherwise cannot be compared with ours, so
-# this changes with every change of it: it travels with signatures that people share.
-EMBEDDING = "plain text, windows of 512 tokens, all layers, output norm, mean over tokens"
 _CHUNK = 32
+
+
+def embedding_name(n_layers: int = 0) -> str:
+    """How texts become embeddings: it travels with signatures that people share.
+
+    Signatures that were made otherwise cannot be compared, so this changes with every change of it.
+    """
+    how = (
+        f"{n_layers} layers, each state by its root mean square"
+        if n_layers
+        else ("all layers, output norm")
+    )
+    return f"plain text, windows of 512 tokens, {how}, mean over tokens"
 
 
 def sample_examples(
@@ -40,6 +51,7 @@ def summarise_examples(
     *,
     cache: EmbeddingCache,
     n_embedded: int = DEFAULT_N_EMBEDDED,
+    n_layers: int = 0,
     seed: int = 0,
     progress: Callable[[int], None] = lambda n_texts: None,
 ) -> Signature:
@@ -50,6 +62,7 @@ def summarise_examples(
     Args:
         context: opened with `hidden=True`.
         n_embedded: examples that are embedded at most (drawn by `seed`).
+        n_layers: see engine.embed.embed.
 
     Raises:
         DatasetError: there is no example.
@@ -58,16 +71,20 @@ def summarise_examples(
         raise DatasetError("a signature needs at least one example")
     model = context.model
     sample = sample_examples(examples, n_embedded, seed)
-    prompts = _embed_texts(context, [prompt_text(e.messages) for e in sample], cache, progress)
+    embedded = functools.partial(
+        _embed_texts, context, cache=cache, n_layers=n_layers, progress=progress
+    )
+    prompts = embedded([prompt_text(e.messages) for e in sample])
     completions = None
     if all(e.completion is not None for e in sample):
-        completions = _embed_texts(context, [e.completion or "" for e in sample], cache, progress)
+        completions = embedded([e.completion or "" for e in sample])
     return summarise(
         prompts,
         completions,
         [token_ids(model, example) for example in examples],
         n_vocab=model.vocabulary.n_tokens,
         base_id=model.base.identity.id,
+        n_layers=n_layers,
         seed=seed,
     )
 
@@ -84,17 +101,18 @@ def count_embedded_tokens(model: Model, examples: Sequence[Example]) -> int:
 
 
 def summarise_text(
-    context: Context, description: str, *, cache: EmbeddingCache, seed: int = 0
+    context: Context, description: str, *, cache: EmbeddingCache, n_layers: int = 0, seed: int = 0
 ) -> Signature:
     """The signature of a task description: one text that stands for the prompts."""
     model = context.model
-    embedded = _embed_texts(context, [description], cache, lambda n: None)
+    embedded = _embed_texts(context, [description], cache=cache, n_layers=n_layers)
     return summarise(
         embedded,
         None,
         [model.vocabulary.tokenize(description)],
         n_vocab=model.vocabulary.n_tokens,
         base_id=model.base.identity.id,
+        n_layers=n_layers,
         seed=seed,
     )
 
@@ -122,6 +140,7 @@ def embed_cached(
     texts: Sequence[tuple[int, ...]],
     *,
     cache: EmbeddingCache,
+    n_layers: int = 0,
     progress: Callable[[int], None] = lambda n_texts: None,
 ) -> NDArray[np.float32]:
     """Each distinct text once, from the cache where it is; stored chunk by chunk, so resumable.
@@ -129,6 +148,7 @@ def embed_cached(
     Args:
         context: opened with `hidden=True`.
         texts: token ids of each text.
+        n_layers: see engine.embed.embed; vectors of other layers are other vectors.
 
     Returns:
         (n, d) float32, n = len(texts).
@@ -136,12 +156,13 @@ def embed_cached(
     distinct = list(dict.fromkeys(texts))
     # The file's size tells quantisations of one model apart: their embeddings differ a little.
     model_key = f"{context.model.base.identity.id}-{context.model.base.path.stat().st_size}"
+    model_key += f"-{n_layers} layers" if n_layers else ""
     stored = cache.get(model_key, distinct)
     n_embd = context.model.n_embd
     missing = [i for i, vector in enumerate(stored) if vector is None or len(vector) != n_embd]
     for begin in range(0, len(missing), _CHUNK):
         part = missing[begin : begin + _CHUNK]
-        fresh = embed(context, [distinct[i] for i in part])
+        fresh = embed(context, [distinct[i] for i in part], n_layers)
         cache.put(model_key, [distinct[i] for i in part], fresh)
         for i, vector in zip(part, fresh, strict=True):
             stored[i] = vector
@@ -153,8 +174,10 @@ def embed_cached(
 def _embed_texts(
     context: Context,
     texts: Sequence[str],
+    *,
     cache: EmbeddingCache,
-    progress: Callable[[int], None],
+    n_layers: int,
+    progress: Callable[[int], None] = lambda n_texts: None,
 ) -> NDArray[np.float32]:
     ids = [embedded_ids(context.model.vocabulary, text) for text in texts]
-    return embed_cached(context, ids, cache=cache, progress=progress)
+    return embed_cached(context, ids, cache=cache, n_layers=n_layers, progress=progress)

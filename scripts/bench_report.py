@@ -18,6 +18,7 @@ from typing import Any
 
 import adapter_benchmark.results as adapters
 import adapter_benchmark.scale as scale
+import early_exit.report as early
 import gradient_quality.report as gradients
 import operators_benchmark.report as operators
 import suggest_benchmark.report as suggestions
@@ -34,6 +35,8 @@ GRADIENTS = ROOT / "results" / "gradient_quality.jsonl"
 GRADIENTS_PAGE = ROOT / "docs" / "gradient.md"
 SCALE_PAGE = ROOT / "docs" / "scale.md"
 OPERATORS = ROOT / "results" / "operators.jsonl"
+EARLY = ROOT / "results" / "early_exit.jsonl"
+TYPES = ROOT / "results" / "types.jsonl"
 NOTHING = "Not measured yet."
 Measured = dict[str, Any]
 
@@ -83,12 +86,15 @@ def pages() -> dict[Path, str]:
     """Every page with tables, as the results say that it should be."""
     told = {"suggest": suggestions.report(read_results(SUGGESTIONS))}
     told |= operators.sections(read_operators(OPERATORS))
+    exits = read_results(EARLY)
+    told["early-quality"] = early.quality_report(exits)
+    measured = {
+        "adapters": adapters.report(adapters.read_rows(adapters.RESULTS)),
+        "early-speed": early.speed_report(exits),
+        "types": types_report(TYPES),
+    }
     return {
-        PAGE: put(
-            fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)),
-            "adapters",
-            adapters.report(adapters.read_rows(adapters.RESULTS)),
-        ),
+        PAGE: put_all(fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)), measured),
         GRADIENTS_PAGE: put(
             GRADIENTS_PAGE.read_text(encoding="utf-8"),
             "gradient",
@@ -101,6 +107,27 @@ def pages() -> dict[Path, str]:
         ),
         RESULTS_PAGE: put_all(RESULTS_PAGE.read_text(encoding="utf-8"), told),
     }
+
+
+def types_report(path: Path) -> str:
+    """A table for each line that `edgelora doctor --measure BASE --json` printed."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return "\n\n".join(_types(json.loads(line)) for line in lines) or NOTHING
+
+
+def _types(row: Measured) -> str:
+    part = f", from {row['n_measured']} of its {row['n_layer']} layers"
+    what = (
+        f"**{row['base']}**{part if row['n_measured'] < row['n_layer'] else ''}, {row['cpu']}, "
+        f"{row['cores']} cores, {row['threads']['prompt']} threads for prompts and "
+        f"{row['threads']['decode']} for answers, llama-cpp-python {row['llama_cpp_python']}. "
+        f"Fastest: {row['fastest']}."
+    )
+    lines = [
+        [t["file_type"], f"{t['size_bytes'] / 1e9:.2f}", f"{t['prompt']:.1f}", f"{t['decode']:.1f}"]
+        for t in row["types"]
+    ]
+    return f"{what}\n\n{_table(['type', 'GB', 'prompt, tokens a second', 'answer'], lines)}"
 
 
 def _parallel(row: Measured) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,16 +102,17 @@ def subjects_and_places(n: int) -> list[tuple[str, str]]:
     return [(_SUBJECTS[i % len(_SUBJECTS)], _PLACES[i % len(_PLACES)]) for i in range(n)]
 
 
-def fill_bank(folder: Path, base: Path) -> Path:
+def fill_bank(folder: Path, base: Path, n_layers: int = 0) -> Path:
     """N_ADAPTERS random adapters, each with a signature of a few lines of its own."""
+    dims = replace(pico.Dims(), n_layer=read_base(base).n_layer)
     bank, requests = open_bank(folder / "bank", create=True), []
     for i in range(N_ADAPTERS):
-        peft = pico.write_peft(folder / f"adapter{i}", seed=i, size=1.0)
+        peft = pico.write_peft(folder / f"adapter{i}", seed=i, size=1.0, dims=dims)
         lines = [f"{s} {p}" for s, p in subjects_and_places(6 + i)]
         data = write_lines(folder / f"data{i}.jsonl", lines, [f"yes {i}"] * len(lines))
         facts = Facts(licence="MIT", template="chat")
         requests.append(Request(peft, f"adapter{i}", data, facts))
-    with open_embedder(base, n_threads=1) as embed:
+    with open_embedder(base, n_layers=n_layers, n_threads=1) as embed:
         add_many(bank, read_base(base), requests, embed=embed)
     return bank.path
 

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from edgelora.cli.charts import coefficients_chart
 from edgelora.cli.console import clean
-from edgelora.cli.doctor import cpu_model, parse_flags
+from edgelora.cli.doctor import parse_flags
 from edgelora.embedding_cache import open_cache
 from edgelora.engine.needs import needs_of
+from edgelora.engine.threads import cpu_model
 
 
 @pytest.fixture(autouse=True)

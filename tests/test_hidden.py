@@ -10,7 +10,8 @@ import numpy as np
 import pico
 import pytest
 
-from edgelora.engine.context import Context, Row, _NodeCapture, open_context
+from edgelora.engine.capture import NodeCapture
+from edgelora.engine.context import Context, Row, open_context
 from edgelora.engine.hidden import completion_states, head_matrix
 from edgelora.engine.model import Model, ModelOptions, WeightedAdapter, open_model
 from edgelora.engine.score import TokenisedExample, score, shared_prefix
@@ -119,14 +120,14 @@ def test_ctrl_c_inside_the_callback_is_not_lost(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ctypes would print and forget it, and the batch would look as if it had no result."""
-    real = _NodeCapture._on_node
+    real = NodeCapture._on_node
 
-    def interrupted(capture: _NodeCapture, tensor: int, ask: bool, user_data: int) -> bool:
+    def interrupted(capture: NodeCapture, tensor: int, ask: bool, user_data: int) -> bool:
         signal.raise_signal(signal.SIGINT)
         return real(capture, tensor, ask, user_data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_NodeCapture, "_on_node", interrupted)
+        patch.setattr(NodeCapture, "_on_node", interrupted)
         with open_context(model, hidden=True) as context, pytest.raises(KeyboardInterrupt):
             completion_states(context, examples(shared=False))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

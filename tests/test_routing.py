@@ -253,7 +253,8 @@ class World:
         x = self.rng.normal(size=(30, 48)) + self.centres[task]
         return summarise(x.astype(np.float32), None, [[1]], n_vocab=2, base_id="b")
 
-    async def embed(self, prompt: tuple[int, ...]) -> NDArray[np.float32]:
+    async def embed(self, prompt: tuple[int, ...], n_layers: int) -> NDArray[np.float32]:
+        assert n_layers == 0
         if prompt[0] < 0:
             return np.full(48, np.nan, np.float32)
         return (self.centres[prompt[0]] + self.rng.normal(size=48)).astype(np.float32)

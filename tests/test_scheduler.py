@@ -673,6 +673,7 @@ def test_embeddings_beside_answers(model: Model, sets: list[AdapterSet]) -> None
         futures = [scheduler.embed(texts, adapters) for adapters in sets]
         cancelled = scheduler.embed(texts, ())
         assert cancelled.cancel()
+        early = scheduler.embed(texts, (), n_layers=1).result(WAIT_S)
         found = [future.result(WAIT_S) for future in futures]
         assert answer.wait().text == alone(model, job)
     with open_context(model, n_ctx=512, hidden=True) as context:
@@ -681,7 +682,9 @@ def test_embeddings_beside_answers(model: Model, sets: list[AdapterSet]) -> None
             expected = embed(context, texts)
             assert vectors.dtype == np.float32 and vectors.shape == expected.shape
             np.testing.assert_allclose(vectors, expected, atol=2e-2)
-    assert abs(found[0] - found[1]).max() > 0.05
+        context.apply(())
+        np.testing.assert_allclose(early, embed(context, texts, 1), atol=2e-2)
+    assert abs(found[0] - found[1]).max() > 0.05 < abs(found[0] - early).max()
 
 
 def test_adapters_come_and_go(model: Model, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from edgelora.cluster import open_cluster, tell
 from edgelora.datasets.records import Dataset
 from edgelora.errors import ClusterError, EdgeLoRAError
 from edgelora.signature import Signature
-from edgelora.summarise import EMBEDDING
+from edgelora.summarise import embedding_name
 
 # A worker that has nothing to embed gives the memory of the base back.
 IDLE_S = 60.0
@@ -33,6 +33,7 @@ def open_remote_embedder(
     base: Base,
     scheduler: str,
     *,
+    n_layers: int = 0,
     n_threads: int = 0,
     seed: int = 0,
     warn: Callable[[str], None] = lambda text: None,
@@ -41,12 +42,13 @@ def open_remote_embedder(
 
     Args:
         scheduler: its address, e.g. `tcp://host:8786`.
+        n_layers: see bank.embedding.layers_for.
         n_threads: of each worker; 0 means all physical cores of its machine.
 
     Raises:
         ClusterError: no scheduler, no worker, or one without the same EdgeLoRA and base.
     """
-    embed = RemoteEmbed.of(base, n_threads, seed)
+    embed = RemoteEmbed.of(base, n_threads, seed, n_layers)
     with open_cluster(scheduler, warn) as cluster:
         cluster.check(embed.check)
         yield embed, cluster.each
@@ -68,14 +70,16 @@ class RemoteEmbed:
     size_bytes: int
     n_threads: int
     seed: int
+    n_layers: int = 0
     version: str = __version__
-    embedding: str = EMBEDDING
+    embedding: str = embedding_name()
 
     @classmethod
-    def of(cls, base: Base, n_threads: int, seed: int) -> RemoteEmbed:
+    def of(cls, base: Base, n_threads: int, seed: int, n_layers: int = 0) -> RemoteEmbed:
         """For a base of this machine."""
-        path = base.path.absolute()
-        return cls(str(path), base.identity.id, path.stat().st_size, n_threads, seed)
+        path, how = base.path.absolute(), embedding_name(n_layers)
+        size = path.stat().st_size
+        return cls(str(path), base.identity.id, size, n_threads, seed, n_layers, embedding=how)
 
     def check(self) -> None:
         """Whether this process would embed as the one does that asks.
@@ -83,9 +87,10 @@ class RemoteEmbed:
         Raises:
             ClusterError: another version of EdgeLoRA, or another base or none at the path.
         """
-        if (self.version, self.embedding) != (__version__, EMBEDDING):
+        here = embedding_name(self.n_layers)
+        if (self.version, self.embedding) != (__version__, here):
             raise ClusterError(
-                f"EdgeLoRA {__version__} ({EMBEDDING}), not {self.version} ({self.embedding})"
+                f"EdgeLoRA {__version__} ({here}), not {self.version} ({self.embedding})"
             )
         path = Path(self.base)
         try:
@@ -144,7 +149,11 @@ class _Desk:
             self._close()
             how.check()
             opened = open_embedder(
-                Path(how.base), n_threads=how.n_threads, seed=how.seed, warn=self._warnings.append
+                Path(how.base),
+                n_layers=how.n_layers,
+                n_threads=how.n_threads,
+                seed=how.seed,
+                warn=self._warnings.append,
             )
             self._opened = how, self._stack.enter_context(opened)
         return self._opened[1]

@@ -22,7 +22,7 @@ from edgelora.bank.store import Bank
 from edgelora.errors import BankError, IncompatibleAdapter, InvalidFile, NotFound
 from edgelora.files import write_atomic
 from edgelora.signature import Signature, from_bytes, to_bytes
-from edgelora.summarise import EMBEDDING
+from edgelora.summarise import embedding_name
 
 if TYPE_CHECKING:
     from edgelora.adapters.base import Base
@@ -120,17 +120,19 @@ def export_signatures(
             f"{bank.path}: no adapter has a signature made by {identity.describe()}",
             hint="Make them: edgelora bank add ... --data-glob.",
         )
-    tensors = {}
+    tensors, layers = {}, set()
     for number, record in enumerate(signed):
-        data = to_bytes(bank.signature(record.name, identity.id))
-        tensors[_tensor(number)] = np.frombuffer(data, np.uint8)
+        signature = bank.signature(record.name, identity.id)
+        tensors[_tensor(number)] = np.frombuffer(to_bytes(signature), np.uint8)
+        layers.add(signature.n_layers)
         progress(1)
+    n_layers = _only(bank, layers)
     facts = {
         "version": FORMAT_VERSION,
         "base": {part: getattr(identity, part) for part in _PARTS},
-        "embedding": EMBEDDING,
+        "embedding": embedding_name(n_layers),
         "adapters": [[record.name, record.source_sha256] for record in signed],
-    }
+    } | ({"n_layers": n_layers} if n_layers else {})
     _refuse_unreadable(bank, facts, set(tensors))
     encoded = json.dumps(facts, sort_keys=True, ensure_ascii=False)
     write_atomic(out, save(tensors, metadata={KEY: encoded}), force=force)
@@ -139,6 +141,16 @@ def export_signatures(
         tuple(record.name for record in signed),
         tuple(record.name for record in records if not record.has_signature),
     )
+
+
+def _only(bank: Bank, layers: set[int]) -> int:
+    if len(layers) > 1:
+        raise BankError(
+            f"{bank.path}: its signatures come from different layers of the base "
+            f"({', '.join(str(n or 'all') for n in sorted(layers))}): one file holds one kind",
+            hint=f"See which: edgelora bank verify --bank {bank.path}",
+        )
+    return layers.pop()
 
 
 def _refuse_unreadable(bank: Bank, facts: Mapping[str, Any], tensors: set[str]) -> None:
@@ -169,6 +181,7 @@ def read_signatures(path: Path) -> SharedSignatures:
             facts = json.loads((file.metadata() or {})[KEY])
             identity, adapters = _check_facts(facts, set(file.keys()))
             entries, problems = _read_entries(file, adapters, identity)
+            problems += _of_other_layers(entries, _layers_of(facts))
     except SafetensorError as error:
         raise _invalid(path, [f"not a safetensors file: {error}"]) from error
     except _MALFORMED as error:
@@ -247,7 +260,7 @@ def _import(bank: Bank, record: BankRecord, entry: SharedSignature, force: bool)
 def _misfits(
     bank: Bank, records: Sequence[BankRecord], shared: SharedSignatures, base: Base | None
 ) -> list[str]:
-    """Another base than the one given, or sizes other than the bank's own signatures have."""
+    """Another base than the one given, or sizes or layers other than the bank's own signatures."""
     if not shared.entries:
         return []
     given = shared.entries[0].signature
@@ -269,6 +282,11 @@ def _misfits(
             f"{given.d} wide over {given.n_vocab} tokens, the bank's own are {own.d} wide over "
             f"{own.n_vocab}"
         )
+    if own.n_layers != given.n_layers:
+        problems.append(
+            f"from {given.n_layers or 'all'} layers of the base, the bank's own from "
+            f"{own.n_layers or 'all'}"
+        )
     return problems
 
 
@@ -278,10 +296,11 @@ def _check_facts(
     """The base and the adapters; ValueError, KeyError or TypeError where they are not sound."""
     if facts["version"] != FORMAT_VERSION:
         raise ValueError(f"format version {facts['version']}; this program reads {FORMAT_VERSION}")
-    if facts["embedding"] != EMBEDDING:
+    n_layers = _layers_of(facts)
+    if facts["embedding"] != embedding_name(n_layers):
         raise ValueError(
             f"made by the embedding {str(facts['embedding'])[:100]!r}; this program's is "
-            f"{EMBEDDING!r}, and the two cannot be compared"
+            f"{embedding_name(n_layers)!r}, and the two cannot be compared"
         )
     parts = [facts["base"][part] for part in _PARTS]
     if not all(isinstance(part, str) and len(part) <= 100 for part in parts):
@@ -329,6 +348,23 @@ def _uneven(entries: Sequence[SharedSignature]) -> list[str]:
         for entry, size in zip(entries, sizes, strict=True)
         if size != sizes[0]
     ]
+
+
+def _of_other_layers(entries: Sequence[SharedSignature], n_layers: int) -> list[str]:
+    return [
+        f"{entry.name}: from {entry.signature.n_layers or 'all'} layers, the file says "
+        f"{n_layers or 'all'}"
+        for entry in entries
+        if entry.signature.n_layers != n_layers
+    ]
+
+
+def _layers_of(facts: Mapping[str, Any]) -> int:
+    """0 for all layers, as in files that were written before there was a choice."""
+    n_layers = facts.get("n_layers", 0)
+    if type(n_layers) is not int:
+        raise TypeError("n_layers is not a whole number")
+    return n_layers
 
 
 def _invalid(path: Path, problems: Sequence[str]) -> InvalidFile:

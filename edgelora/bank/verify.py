@@ -43,15 +43,20 @@ def verify(
     problems += _leftovers(bank)
     problems += _calibration_problems(bank)
     names: list[str] = []
+    layers: dict[str, int] = {}
     for record in listing.records:
-        problems += [f"{record.path.name}: {p}" for p in _adapter_problems(bank, record, names)]
+        problems += [
+            f"{record.path.name}: {p}" for p in _adapter_problems(bank, record, names, layers)
+        ]
         problems += [f"{record.path.name}: {p}" for p in _misfits(bank, record, base)]
         names.append(record.name)
         progress(1)
     return problems
 
 
-def _adapter_problems(bank: Bank, record: BankRecord, earlier: list[str]) -> Iterator[str]:
+def _adapter_problems(
+    bank: Bank, record: BankRecord, earlier: list[str], layers: dict[str, int]
+) -> Iterator[str]:
     from edgelora.adapters.gguf_lora import find_nonfinite, open_lora
 
     try:
@@ -70,10 +75,11 @@ def _adapter_problems(bank: Bank, record: BankRecord, earlier: list[str]) -> Ite
     clash = find_clash(record.name, earlier)
     if clash is not None:
         yield f"the same file as {clash} where case does not count"
-    yield from _signature_problems(bank, record)
+    yield from _signature_problems(bank, record, layers)
 
 
-def _signature_problems(bank: Bank, record: BankRecord) -> Iterator[str]:
+def _signature_problems(bank: Bank, record: BankRecord, layers: dict[str, int]) -> Iterator[str]:
+    """`layers`: by base, those of the first signature, which the others have to share."""
     for base_id in record.signatures:
         try:
             signature = bank.signature(record.name, base_id)
@@ -82,6 +88,12 @@ def _signature_problems(bank: Bank, record: BankRecord) -> Iterator[str]:
             continue
         if signature.base_id != base_id:
             yield f"its signature for {base_id} was made by {signature.base_id}"
+        common = layers.setdefault(base_id, signature.n_layers)
+        if signature.n_layers != common:
+            yield (
+                f"its signature for {base_id} comes from {signature.n_layers or 'all'} layers, "
+                f"others from {common or 'all'}: they cannot be compared"
+            )
 
 
 def _misfits(bank: Bank, record: BankRecord, base: Base | None) -> list[str]:

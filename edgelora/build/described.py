@@ -96,5 +96,11 @@ def _compare(work: Work, description: str) -> Nearness:
     )
     work.spend(len(embedded_ids(work.model.vocabulary, description)), "the description")
     with open_context(work.model, hidden=True) as context, open_cache() as cache:
-        target = summarise_text(context, description, cache=cache, seed=work.options.seed)
+        target = summarise_text(
+            context,
+            description,
+            cache=cache,
+            n_layers=work.pool.n_layers,
+            seed=work.options.seed,
+        )
     return compare(work.pool, target, work.options.distance, work.options.seed)

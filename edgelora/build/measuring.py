@@ -156,10 +156,15 @@ def _affordable(
     """The largest sample, at least 1, that `n_tokens` can embed, and what it takes."""
     for n in range(n_wanted, 0, -1):
         sample = sample_examples(examples, n, work.options.seed)
-        cost = count_embedded_tokens(work.model, sample)
+        cost = math.ceil(count_embedded_tokens(work.model, sample) * _share_of_layers(work))
         if cost <= n_tokens:
             break
     return n, cost
+
+
+def _share_of_layers(work: Work) -> float:
+    """Of the base, that embedding computes: a token that stops early counts as much less."""
+    return (work.pool.n_layers or work.model.base.n_layer) / work.model.base.n_layer
 
 
 def _refuse_nonfinite(work: Work, measured: Measured) -> None:

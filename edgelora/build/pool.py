@@ -64,6 +64,11 @@ class Pool:
         return split_by_signature(self.signatures)[1]
 
     @property
+    def n_layers(self) -> int:
+        """The layers that all signatures come from (see Signature); 0 without any."""
+        return self.others[0].n_layers if self.others else 0
+
+    @property
     def others(self) -> list[Signature]:
         """The signatures that there are, in the order of `signed`."""
         return [signature for signature in self.signatures if signature is not None]
@@ -98,7 +103,8 @@ def open_pool(
 
     Raises:
         InvalidFile: a damaged calibration or signature.
-        BankError: none is left; the other bases in the bank are named.
+        BankError: none is left (the other bases in the bank are named), or signatures that cannot
+            be compared with each other.
     """
     everything = bank.records()
     records = tuple(
@@ -119,11 +125,28 @@ def open_pool(
         bank.signature(record.name, identity.id) if record.has_signature else None
         for record in records
     )
+    _refuse_mixed_layers(bank, records, signatures)
     stored = read_calibration(bank, identity.id) if calibrated else None
     if stored is None:
         return Pool(bank.path, records, signatures)
     is_stale = stored.is_stale(everything)
     return Pool(bank.path, records, signatures, None if is_stale else stored.values, is_stale)
+
+
+def _refuse_mixed_layers(
+    bank: Bank, records: Sequence[BankRecord], signatures: Sequence[Signature | None]
+) -> None:
+    """Embeddings after 8 layers say nothing about those after 32."""
+    names: dict[int, list[str]] = {}
+    for record, signature in zip(records, signatures, strict=True):
+        if signature is not None:
+            names.setdefault(signature.n_layers, []).append(record.name)
+    if len(names) > 1:
+        raise BankError(
+            f"{bank.path}: signatures from different layers of the base cannot be compared",
+            problems=[f"{n or 'all'} layers: {_listed(names[n])}" for n in sorted(names)],
+            hint="Leave some out with --exclude, or remove those of one kind and add them again.",
+        )
 
 
 def find_warnings(pool: Pool, template_key: str) -> list[str]:

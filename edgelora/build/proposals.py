@@ -101,7 +101,13 @@ def find_nearness(
     distances_from = prepare(distance, pool.others, seed=seed)
     with open_cache() as cache:
         target = summarise_examples(
-            context, examples, cache=cache, n_embedded=n_embedded, seed=seed, progress=progress
+            context,
+            examples,
+            cache=cache,
+            n_embedded=n_embedded,
+            n_layers=pool.n_layers,
+            seed=seed,
+            progress=progress,
         )
     return _nearness(pool, target, distance, distances_from(target))
 

@@ -27,6 +27,7 @@ from edgelora.bank.store import with_template
 from edgelora.cli import console
 from edgelora.cli.bank_evaluation import evaluate
 from edgelora.cli.calibrate import calibrate, calibration_facts
+from edgelora.cli.options import to_layers
 from edgelora.cli.signatures import signatures
 
 if TYPE_CHECKING:
@@ -67,6 +68,13 @@ command.add_command(evaluate)
 @click.option("--type", "dtype", type=click.Choice(TYPES), default="f16", help="Of the tensors.")
 @click.option("--name", help="Its name in the bank (default: the folder's).")
 @click.option("--scheduler", help="Embed on the workers of this Dask scheduler: tcp://HOST:PORT.")
+@click.option(
+    "--layers",
+    "n_layers",
+    metavar="N|all",
+    callback=to_layers,
+    help="Layers of the base that embed the data (default: as the bank's signatures; all).",
+)
 @json_option
 @console.common_options
 def add(
@@ -106,11 +114,13 @@ def _add(
     completion_key: str | None,
     dtype: str,
     scheduler: str | None,
+    n_layers: int | None,
     threads: int,
     seed: int,
     **facts: str | None,
 ) -> list[Outcome]:
     from edgelora.adapters.base import read_base
+    from edgelora.bank.embedding import layers_for
     from edgelora.bases import resolve
     from edgelora.datasets.read import read_dataset
 
@@ -122,7 +132,9 @@ def _add(
     bank = open_bank(bank_path, create=True)
     read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
     with (
-        _open_embedder(base, scheduler, threads, seed) as (embed, each),
+        _open_embedder(
+            base, scheduler, layers_for(bank, base, n_layers), threads, seed
+        ) as (embed, each),
         console.progress("adding adapters", len(requests)) as advance,
     ):
         return refused + add_many(
@@ -133,7 +145,7 @@ def _add(
 
 @contextlib.contextmanager
 def _open_embedder(
-    base: Base, scheduler: str | None, threads: int, seed: int
+    base: Base, scheduler: str | None, n_layers: int, threads: int, seed: int
 ) -> Iterator[tuple[Embed, Each]]:
     """How data is embedded: here, or on the workers of a scheduler."""
     from edgelora.bank.embedding import open_embedder
@@ -143,12 +155,13 @@ def _open_embedder(
     def warn(text: str) -> None:
         console.warn(console.safe(text))
 
+    how = {"n_layers": n_layers, "n_threads": threads, "seed": seed}
     if scheduler is None:
-        with open_embedder(base.path, n_threads=threads, seed=seed, warn=warn) as embed:
+        with open_embedder(base.path, warn=warn, **how) as embed:
             yield embed, one_by_one
         return
     require_network("--scheduler")
-    with open_remote_embedder(base, scheduler, n_threads=threads, seed=seed, warn=warn) as remote:
+    with open_remote_embedder(base, scheduler, warn=warn, **how) as remote:
         yield remote
 
 

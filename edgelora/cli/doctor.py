@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import platform
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,15 +19,22 @@ _PACKAGES = (
 
 @click.command()
 @click.option("--base", help="Say what this base needs and whether it fits: a file or a name.")
+@click.option(
+    "--measure", metavar="BASE", help="Time this CPU on the types of weights that BASE could have."
+)
 @json_option
 @console.common_options
-def command(base: str | None, as_json: bool, **_: Any) -> None:
-    """Print what this machine has, which bases are found, and what fits."""
+def command(base: str | None, measure: str | None, as_json: bool, threads: int, **_: Any) -> None:
+    """Print what this machine has, which bases are found, what fits, and what is fast."""
+    from edgelora.cli.measure import measure_base
     from edgelora.engine.amx import warning
 
-    report = examine(base)
     if message := warning():
         console.warn(console.safe(message))
+    if measure is not None:
+        measure_base(measure, threads, as_json)
+        return
+    report = examine(base)
     if as_json:
         console.show_json(report)
         return
@@ -51,6 +54,7 @@ def examine(base: str | None) -> dict[str, Any]:
     from edgelora.bases import models_folder
     from edgelora.embedding_cache import cache_folder
     from edgelora.engine.native import system_info
+    from edgelora.engine.threads import cpu_model
 
     memory = psutil.virtual_memory()
     report = {
@@ -71,21 +75,6 @@ def examine(base: str | None) -> dict[str, Any]:
     if base is not None:
         report["base"] = _base_report(base, memory.available)
     return report
-
-
-def cpu_model() -> str:
-    """The name that the CPU gives itself, or what Python knows of it."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if sys.platform == "linux":
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        elif sys.platform == "darwin":
-            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(
-                asked, capture_output=True, text=True, check=True, timeout=5
-            ).stdout.strip()
-    return platform.processor() or platform.machine()
 
 
 def parse_flags(system_info: str) -> dict[str, list[str]]:

@@ -73,6 +73,15 @@ def _to_rank(_ctx: click.Context, _param: click.Parameter, value: str) -> int | 
     return int(value)
 
 
+def to_layers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """`--layers`: a number of layers, 0 for `all`, None where it is not given."""
+    if value is None or value == "all":
+        return None if value is None else 0
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"{value!r} is neither a whole number from 1 nor all.")
+    return int(value)
+
+
 def combine_options(command: Command) -> Command:
     """--combine, --rank and --type (`combine`, `rank`, `dtype`)."""
     for option in (

@@ -16,6 +16,7 @@ from edgelora.cli.options import base_option, json_option, load_dataset, type_op
 DEFAULT_TOP = 32
 
 if TYPE_CHECKING:
+    from edgelora.datasets.records import Dataset
     from edgelora.pull.adapters import Pulled, Wanted
 
 
@@ -199,18 +200,21 @@ def _pull(
 ) -> Pulled:
     from edgelora.adapters.base import read_base
     from edgelora.bank import open_bank
-    from edgelora.bank.embedding import open_embedder
+    from edgelora.bank.embedding import layers_for, open_embedder
     from edgelora.bases import resolve
-    from edgelora.datasets.read import read_dataset
     from edgelora.pull.adapters import Listener, pull_adapters
-    from edgelora.pull.lots_of_loras import read_rows
 
     header = read_base(resolve(base))
     opened = open_bank(bank_path, create=True)
     with console.transfers() as transfer:
         shown = _Shown(len(wanted), transfer)
         with open_embedder(
-            header.path, n_threads=threads, seed=seed, warn=_warn, progress=shown.embedded
+            header.path,
+            n_layers=layers_for(opened, header),
+            n_threads=threads,
+            seed=seed,
+            warn=_warn,
+            progress=shown.embedded,
         ) as embed:
             return pull_adapters(
                 opened,
@@ -219,9 +223,17 @@ def _pull(
                 embed=embed,
                 with_signatures=not no_signatures,
                 dtype=dtype,
-                read_data=read_rows if collection else read_dataset,
+                read_data=_reader(collection),
                 listener=Listener(shown.stage, shown.file, shown.done, _warn),
             )
+
+
+def _reader(collection: bool) -> Callable[[Path], Dataset]:
+    """How datasets are read: those of the collection have columns of their own."""
+    from edgelora.datasets.read import read_dataset
+    from edgelora.pull.lots_of_loras import read_rows
+
+    return read_rows if collection else read_dataset
 
 
 class _Shown:

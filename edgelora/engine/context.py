@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import llama_cpp
@@ -17,7 +14,9 @@ from numpy.typing import NDArray
 
 from edgelora.engine import native
 from edgelora.engine.batch import Batch, Bounds
+from edgelora.engine.capture import NodeCapture, node_of
 from edgelora.engine.model import Model, WeightedAdapter, resolve_weights
+from edgelora.engine.threads import Threads, stored_threads
 from edgelora.errors import Aborted, ContextFull, EngineError
 
 KV_TYPES = {
@@ -52,7 +51,7 @@ class Context:
     """
 
     def __init__(
-        self, model: Model, handle: Any, capture: _NodeCapture | None, n_ctx: int, n_outputs: int
+        self, model: Model, handle: Any, capture: NodeCapture | None, n_ctx: int, n_outputs: int
     ) -> None:
         self.model = model
         self.handle = handle
@@ -146,6 +145,10 @@ class Context:
             self.remove_sequence(sequence)
         return bool(n == data.nbytes)
 
+    def set_threads(self, threads: Threads) -> None:
+        """Compute with other numbers of threads from the next decode on."""
+        llama_cpp.llama_set_n_threads(self.handle, threads.decode, threads.prompt)
+
     def abort(self) -> None:
         """Stop the decode that runs now, and each after it until `resume`; from any thread."""
         self._abort_flag.set(True)
@@ -173,7 +176,7 @@ class Context:
         """Run what was put into `batch`; returns and raises as `decode` does."""
         self.batch.check(self._bounds)
         self.kept = []
-        with _interrupts_held() if self._capture else contextlib.nullcontext():
+        with self._capture.running() if self._capture else contextlib.nullcontext():
             code = llama_cpp.llama_decode(self.handle, self.batch.native)
         if code != 0:
             raise _failed_decode(code, self)
@@ -184,18 +187,39 @@ class Context:
         logits = llama_cpp.llama_get_logits(self.handle)
         return np.ctypeslib.as_array(logits, (n_outputs, n_vocab))
 
-    def hidden(self, rows: Sequence[Row]) -> NDArray[np.float32]:
-        """Hidden states after the last norm of the output rows, (n_outputs, d) float32.
+    def hidden(self, rows: Sequence[Row], n_layers: int = 0) -> NDArray[np.float32]:
+        """Hidden states of one batch, float32; nothing that comes after them is computed.
 
-        Only for a context opened with `hidden=True`, where the head is never computed.
+        After early exit the layers above have no keys and values: `clear` before these sequences
+        go on with more layers.
+
+        Args:
+            n_layers: 0 stops after the last norm: (n_outputs, d), the output rows. From 1 on it
+                stops after that many layers, without a norm: (n, d), all rows.
+
+        Raises:
+            EngineError: not opened with `hidden=True`; not fewer layers than the model has; a
+                model whose graph has no such node; and as `decode`.
         """
         if self._capture is None:
             raise EngineError("this context was not opened for hidden states")
-        self._capture.rows = None
-        self.decode(rows)
-        if self._capture.rows is None:
-            raise EngineError(f"{self.model.base.architecture}: no node named result_norm")
-        return self._capture.rows.reshape(-1, self.model.n_embd)
+        if not 0 <= n_layers < self.model.base.n_layer:
+            raise EngineError(
+                f"{self.model.base.path}: no early exit after {n_layers} layers, there are "
+                f"{self.model.base.n_layer}",
+                hint="0 means all of them.",
+            )
+        node = node_of(n_layers)
+        with self._capture.at(node):
+            self.decode(rows)
+        values, d = self._capture.values(), self.model.n_embd
+        n_rows = self.batch.n_tokens if n_layers else self.batch.n_outputs
+        if values is None or len(values) != n_rows * d:
+            found = "no such node" if values is None else f"{len(values)} values"
+            raise EngineError(
+                f"{self.model.base.architecture}: {n_rows} rows of {node} were expected, {found}"
+            )
+        return values.reshape(n_rows, d)
 
     def _refuse_sequences(self, *sequences: int) -> None:
         for sequence in sequences:
@@ -217,43 +241,6 @@ def _failed_decode(code: int, context: Context) -> EngineError:
     if code == 2:
         return Aborted(f"{what}: it was stopped")
     return EngineError(what, problems=native.recent_log())
-
-
-class _NodeCapture:
-    """An eval callback that copies the node `result_norm` and stops the graph there."""
-
-    def __init__(self) -> None:
-        self.rows: NDArray[np.float32] | None = None
-        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._on_node)
-
-    def _on_node(self, tensor: int, ask: bool, _user_data: int) -> bool:
-        ggml = native.ggml_base()
-        wanted = ggml.ggml_get_name(tensor) == b"result_norm"
-        if ask:
-            return bool(wanted)
-        if not wanted:
-            return True
-        size_bytes = ggml.ggml_nbytes(tensor)
-        self.rows = np.empty(size_bytes // 4, np.float32)
-        ggml.ggml_backend_tensor_get(tensor, self.rows.ctypes.data, 0, size_bytes)
-        return False
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back for the block: ctypes swallows what is raised inside a callback."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[0])
 
 
 @contextlib.contextmanager
@@ -291,9 +278,10 @@ def open_context(
     parameters = _parameters(
         max(n_ctx, n_cells), n_batch, n_ubatch or n_batch, n_sequences, n_outputs or n_batch
     )
-    parameters.n_threads = parameters.n_threads_batch = model.options.threads()
+    threads = _threads(model)
+    parameters.n_threads, parameters.n_threads_batch = threads.decode, threads.prompt
     _set_kv_type(parameters, "f32" if exact else kv_type)
-    capture = _NodeCapture() if hidden else None
+    capture = NodeCapture() if hidden else None
     if capture is not None:
         parameters.cb_eval = capture.callback
     handle = llama_cpp.llama_init_from_model(model.handle, parameters)
@@ -306,6 +294,13 @@ def open_context(
         yield context
     finally:
         context.close()
+
+
+def _threads(model: Model) -> Threads:
+    """As many as were asked for; else as the self-test found, or one for each core."""
+    n = model.options.threads()
+    stored = None if model.options.n_threads else stored_threads(model.base.architecture)
+    return stored or Threads(n, n)
 
 
 def _parameters(

@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 from edgelora.engine.context import Context, Row
 
 WINDOW = 512
+EPSILON = np.float32(1e-6)
 
 
-def embed(context: Context, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-    """Embed token sequences: the mean of the last norm's output over all their tokens.
+def embed(
+    context: Context, texts: Sequence[Sequence[int]], n_layers: int = 0
+) -> NDArray[np.float32]:
+    """Embed token sequences: the mean of hidden states over all their tokens.
 
     A text longer than `WINDOW` tokens is embedded window by window, each from position 0, and the
     mean runs over all of them, so the result depends on the text only and nothing is cut.
@@ -21,11 +24,16 @@ def embed(context: Context, texts: Sequence[Sequence[int]]) -> NDArray[np.float3
     Args:
         context: opened with `hidden=True`.
         texts: token ids of each text; an empty one gives a zero vector.
+        n_layers: 0 takes the last norm's output; else the states after so many layers, each
+            divided by its root mean square, and nothing above them is computed.
 
     Returns:
         (n, d) float32, n = len(texts).
+
+    Raises:
+        EngineError: see Context.hidden.
     """
-    steps = embed_in_steps(context, texts, lambda: context.n_batch)
+    steps = embed_in_steps(context, texts, lambda: context.n_batch, n_layers)
     while True:
         try:
             next(steps)
@@ -34,7 +42,10 @@ def embed(context: Context, texts: Sequence[Sequence[int]]) -> NDArray[np.float3
 
 
 def embed_in_steps(
-    context: Context, texts: Sequence[Sequence[int]], n_tokens: Callable[[], int]
+    context: Context,
+    texts: Sequence[Sequence[int]],
+    n_tokens: Callable[[], int],
+    n_layers: int = 0,
 ) -> Generator[None, None, NDArray[np.float32]]:
     """As `embed`, but with a pause (a yield) after each batch of at most `n_tokens()` tokens.
 
@@ -51,19 +62,27 @@ def embed_in_steps(
     for batch in _pack(pieces, context.n_batch, context.n_sequences):
         context.clear()
         rows = [
-            (owner, Row(token, position, sequence, output=True))
+            (owner, Row(token, position, sequence, output=not n_layers))
             for sequence, (owner, ids) in enumerate(batch)
             for position, token in enumerate(ids)
         ]
         while rows:
             n = min(max(1, n_tokens()), context.n_batch)
             now, rows = rows[:n], rows[n:]
-            hidden = context.hidden([row for _, row in now])
+            hidden = context.hidden([row for _, row in now], n_layers)
+            if n_layers:
+                hidden = _normalised(hidden)
             owners = np.array([owner for owner, _ in now])
             for owner in np.unique(owners):
                 sums[owner] += hidden[owners == owner].sum(axis=0, dtype=np.float64)
             yield
     return np.asarray(sums / counts[:, None], np.float32)
+
+
+def _normalised(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows over their root mean square: a first token may be a thousand times the others."""
+    squares = np.einsum("nd,nd->n", hidden, hidden) / hidden.shape[1]
+    return hidden / np.sqrt(squares + EPSILON)[:, None]
 
 
 def _pack(

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-import psutil
 
 from edgelora.adapters import gguf_lora
 from edgelora.adapters.base import Base, read_base
 from edgelora.engine import amx, native
 from edgelora.engine.loadable import refuse_unloadable
+from edgelora.engine.threads import default_threads
 from edgelora.engine.tokens import Vocabulary
 from edgelora.errors import EngineError, IncompatibleAdapter, NotFound
 
@@ -35,7 +35,7 @@ class ModelOptions:
     """How a base is opened.
 
     Attributes:
-        n_threads: 0 means one for each physical core.
+        n_threads: 0 means what a self-test found (edgelora.engine.threads), or one for each core.
         low_ram: weights stay memory-mapped; llama.cpp's faster repacked copies are not made.
         mlock: mapped weights are locked in RAM; a warning where the system refuses.
     """
@@ -45,8 +45,8 @@ class ModelOptions:
     mlock: bool = False
 
     def threads(self) -> int:
-        """The number of threads that llama.cpp is given."""
-        return self.n_threads or psutil.cpu_count(logical=False) or 1
+        """The number that was asked for, or one for each physical core."""
+        return self.n_threads or default_threads()
 
 
 class Model:

@@ -132,8 +132,8 @@ def measure(
     """The distance called `name` from a dataset to each of a bank's, checked first: (k,) float64.
 
     Raises:
-        IncompatibleAdapter: signatures of another base, embedding width or vocabulary; a distance
-            on tokens, and a signature without any.
+        IncompatibleAdapter: signatures of another base, embedding width, vocabulary or number of
+            layers; a distance on tokens, and a signature without any.
         KeyError: no such distance.
 
     Example:
@@ -174,21 +174,23 @@ def prepare(
 
 
 def check_comparable(target: Signature, others: Sequence[Signature]) -> None:
-    """Raise IncompatibleAdapter unless all signatures come from one base."""
+    """Raise IncompatibleAdapter unless all signatures come from the same layers of one base."""
 
-    def origin(signature: Signature) -> tuple[str, int, int]:
-        return signature.base_id, signature.d, signature.n_vocab
+    def origin(signature: Signature) -> str:
+        return (
+            f"base {signature.base_id}, {signature.n_layers or 'all'} layers, width {signature.d}, "
+            f"vocabulary {signature.n_vocab}"
+        )
 
     wanted = origin(target)
     problems = [
-        f"signature {i}: base {origin(other)[0]}, width {other.d}, vocabulary {other.n_vocab}"
+        f"signature {i}: {origin(other)}"
         for i, other in enumerate(others)
         if origin(other) != wanted
     ]
     if problems:
         raise IncompatibleAdapter(
-            f"These signatures cannot be compared with that of the dataset (base {wanted[0]}, "
-            f"width {wanted[1]}, vocabulary {wanted[2]})",
+            f"These signatures cannot be compared with that of the dataset ({wanted})",
             problems=problems,
         )
 

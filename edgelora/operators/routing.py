@@ -43,12 +43,14 @@ class Cloud:
         mean: (p,) float64, of all n prompts.
         points: (m, p) float64, a sample of them.
         sources: names of what the dataset was made from; two that share one are siblings.
+        n_layers: see Signature.
     """
 
     n: int
     mean: Array
     points: Array
     sources: frozenset[str] = frozenset()
+    n_layers: int = 0
 
     @functools.cached_property
     def scatter(self) -> Array:
@@ -68,12 +70,14 @@ class Routes:
     Attributes:
         threshold: the best score has to exceed it.
         n_foreign: datasets that it was calibrated with.
+        n_layers: what is compared has to be embedded after as many.
     """
 
     names: tuple[str, ...]
     score: Score
     threshold: float
     n_foreign: int
+    n_layers: int = 0
 
     def nearest(self, embedding: NDArray[np.float32]) -> tuple[str, float]:
         """The nearest dataset and its score.
@@ -86,9 +90,11 @@ class Routes:
         return self.names[position], float(scores[position])
 
 
-def make_cloud(field: TextDistribution, sources: frozenset[str] = frozenset()) -> Cloud:
+def make_cloud(
+    field: TextDistribution, sources: frozenset[str] = frozenset(), n_layers: int = 0
+) -> Cloud:
     """A dataset's prompts, from its signature."""
-    return Cloud(field.n, project(field.mean[None])[0], field.points(), sources)
+    return Cloud(field.n, project(field.mean[None])[0], field.points(), sources, n_layers)
 
 
 def project(embeddings: NDArray[np.float32]) -> Array:
@@ -111,8 +117,10 @@ def fit_routes(
 
     Raises:
         Uncalibrated: no candidate has MIN_TEXTS prompts, fewer than MIN_FOREIGN datasets are
-            foreign to some candidate, or all prompts are one and the same.
+            foreign to some candidate, all prompts are one and the same, or they were embedded after
+            different numbers of layers.
     """
+    n_layers = _common_layers(candidates, others)
     usable = {name: cloud for name, cloud in candidates.items() if cloud.n >= MIN_TEXTS}
     if not usable:
         raise Uncalibrated(f"no adapter has a signature of at least {MIN_TEXTS} prompts")
@@ -131,7 +139,17 @@ def fit_routes(
             f"an adapter's, and there are {len(best)}"
         )
     threshold = max(_upper_quantile(best, false_accepts), FLOORS.get(method, -np.inf))
-    return Routes(tuple(usable), fit(targets, everything), threshold, len(best))
+    return Routes(tuple(usable), fit(targets, everything), threshold, len(best), n_layers)
+
+
+def _common_layers(candidates: Mapping[str, Cloud], others: Sequence[Cloud]) -> int:
+    found = {cloud.n_layers for cloud in (*candidates.values(), *others)}
+    if len(found) > 1:
+        raise Uncalibrated(
+            "signatures from different layers cannot be compared: "
+            + ", ".join(f"{n or 'all'} layers" for n in sorted(found))
+        )
+    return found.pop() if found else 0
 
 
 def likelihood_ratio(candidates: Sequence[Cloud], known: Sequence[Cloud]) -> Score:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edgelora.serve.scheduler import Scheduler
     from edgelora.serve.served import AdapterSet, Registry
 
-Embed = Callable[[tuple[int, ...]], Awaitable[NDArray[np.float32]]]
+Embed = Callable[[tuple[int, ...], int], Awaitable[NDArray[np.float32]]]
 Known = tuple[Mapping[str, Cloud], Sequence[Cloud]]  # what may be chosen, and what else is known
 
 
@@ -55,7 +55,7 @@ class Router:
     """Picks an adapter by a prompt's embedding.
 
     Args:
-        embed: the embedding (d,) of a token sequence under the base.
+        embed: the embedding (d,) of a token sequence under the base, after a number of layers.
         served: the adapters that may be chosen now: id -> file.
         read: their datasets' prompts, and those of other known datasets; called in a thread.
         resolve: an id ("" for the base) to the model's id and its adapters.
@@ -84,7 +84,7 @@ class Router:
             EngineError: the base's embedding is not finite.
         """
         routes = await asyncio.to_thread(self._routes)
-        embedding = await self._embed(tuple(prompt))
+        embedding = await self._embed(tuple(prompt), routes.n_layers)
         if not np.isfinite(embedding).all():
             raise EngineError("the base's embedding of this prompt is not finite")
         name, similarity = routes.nearest(embedding)
@@ -121,8 +121,8 @@ def open_router(registry: Registry, scheduler: Scheduler, bank: Path | None) -> 
     """
     base_id = registry.base.identity.id
 
-    async def embed(prompt: tuple[int, ...]) -> NDArray[np.float32]:
-        vectors = await asyncio.wrap_future(scheduler.embed([prompt], ()))
+    async def embed(prompt: tuple[int, ...], n_layers: int) -> NDArray[np.float32]:
+        vectors = await asyncio.wrap_future(scheduler.embed([prompt], (), n_layers))
         return np.asarray(vectors[0], np.float32)
 
     def served() -> dict[str, Path]:
@@ -196,4 +196,4 @@ def _cloud(adapter: Path, base_id: str, sources: str) -> Cloud:
     if signature.base_id != base_id:
         raise InvalidFile(f"{path}: made by the base {signature.base_id}")
     names = (name.strip() for name in sources.split(","))
-    return make_cloud(signature.prompt, frozenset(filter(None, names)))
+    return make_cloud(signature.prompt, frozenset(filter(None, names)), signature.n_layers)

@@ -168,9 +168,12 @@ class Scheduler:
             self._wake.notify_all()
 
     def embed(
-        self, texts: Sequence[tuple[int, ...]], adapters: AdapterSet
+        self, texts: Sequence[tuple[int, ...]], adapters: AdapterSet, n_layers: int = 0
     ) -> Future[NDArray[np.float32]]:
         """Mean-pooled hidden states (n, d) float32, not normalised; computed between steps.
+
+        Args:
+            n_layers: see engine.embed.embed.
 
         Raises:
             Draining: no new work is taken.
@@ -178,7 +181,7 @@ class Scheduler:
         """
         for text in texts:
             _refuse_tokens(text, self.model)
-        return self._add_task(lambda: self._tasks.embed(texts, adapters))
+        return self._add_task(lambda: self._tasks.embed(texts, adapters, n_layers))
 
     def load(self, path: Path) -> Future[None]:
         """Check and load an adapter file on the engine thread."""

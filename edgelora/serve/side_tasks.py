@@ -52,11 +52,11 @@ class SideTasks:
         return len(self._entries) + len(self._unloads)
 
     def embed(
-        self, texts: Sequence[tuple[int, ...]], adapters: AdapterSet
+        self, texts: Sequence[tuple[int, ...]], adapters: AdapterSet, n_layers: int = 0
     ) -> Future[NDArray[np.float32]]:
-        """Embed texts under an adapter set."""
+        """Embed texts under an adapter set, after so many layers (0: all)."""
         paths = frozenset(adapter.path.resolve() for adapter in adapters)
-        entry = _Entry(Future(), lambda s: self._embedding(texts, adapters, s), paths)
+        entry = _Entry(Future(), lambda s: self._embedding(texts, adapters, n_layers, s), paths)
         self._entries.append(entry)
         return entry.future
 
@@ -125,7 +125,11 @@ class SideTasks:
             entry.future.set_result(result)
 
     def _embedding(
-        self, texts: Sequence[tuple[int, ...]], adapters: AdapterSet, stepper: Stepper
+        self,
+        texts: Sequence[tuple[int, ...]],
+        adapters: AdapterSet,
+        n_layers: int,
+        stepper: Stepper,
     ) -> Task:
         if self._hidden is None:
             self._hidden = self._stack.enter_context(
@@ -137,6 +141,7 @@ class SideTasks:
                 self._hidden,
                 texts,
                 lambda: stepper.speed.n_rows_in(MIXED_S if stepper.is_watched else ALONE_S),
+                n_layers,
             )
         )
 

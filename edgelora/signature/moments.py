@@ -33,6 +33,7 @@ def summarise(
     n_vocab: int,
     base_id: str,
     description: str = "",
+    n_layers: int = 0,
     seed: int = 0,
 ) -> Signature:
     """Summarise one dataset, already embedded and tokenised.
@@ -41,6 +42,7 @@ def summarise(
         prompt_embeddings: (n, d) float32, n >= 1.
         completion_embeddings: (n', d) float32, or None where there are no completions.
         token_ids: for each example, the ids of prompt and completion.
+        n_layers: see Signature.
         seed: draws which texts are in the sample; the projection does not depend on it.
 
     Raises:
@@ -66,6 +68,7 @@ def summarise(
         n_tokens=len(flat),
         base_id=base_id,
         description=description,
+        n_layers=n_layers,
     )
 
 

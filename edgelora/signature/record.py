@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 N_PROJECTED = 32
 MAX_D = 65_536
+MAX_LAYERS = 10_000
 MAX_DESCRIPTION = 2_000
 MAX_VALUE = 1e12  # hidden states reach 25,000; distances square what they are given, twice
 _PROJECTION_LABEL = b"EdgeLoRA random projection, version 1"
@@ -75,6 +76,8 @@ class Signature:
         n_tokens: sum of the counts.
         base_id: identity of the base that embedded the texts.
         description: free text of at most 2,000 characters, may be empty.
+        n_layers: the layers that its embeddings come from; 0 means all, after the last norm. Only
+            signatures of the same layers can be compared.
     """
 
     prompt: TextDistribution
@@ -84,6 +87,7 @@ class Signature:
     n_tokens: int
     base_id: str
     description: str
+    n_layers: int = 0
 
     @property
     def d(self) -> int:
@@ -119,6 +123,8 @@ def projection(d: int) -> NDArray[np.float64]:
 def find_problems(signature: Signature) -> list[str]:
     """Every reason why a signature is not sound: shapes, bounds, NaN, infinity."""
     problems = description_problems(signature.description)
+    if not 0 <= signature.n_layers <= MAX_LAYERS:
+        problems.append(f"embeddings from {signature.n_layers} layers")
     for name, field in signature.fields().items():
         problems += [f"{name}: {problem}" for problem in _field_problems(field, signature.d)]
     ids, counts = signature.histogram.ids, signature.histogram.counts

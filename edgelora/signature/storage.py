@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from edgelora.errors import InvalidFile
 from edgelora.signature.record import Histogram, Signature, TextDistribution, find_problems
 
-FORMAT_VERSION = 1
+# Version 2 says from which layers; programs that read only 1 take all signatures for comparable.
+VERSIONS = (1, 2)
 MAX_VOCAB = 1 << 22
 _METADATA_KEY = "edgelora.signature"
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError, zlib.error)
@@ -25,13 +26,15 @@ def to_bytes(signature: Signature) -> bytes:
     histogram = _pack(signature.histogram)
     tensors: dict[str, NDArray[Any]] = {"histogram": np.frombuffer(histogram, np.uint8)}
     facts: dict[str, Any] = {
-        "version": FORMAT_VERSION,
+        "version": VERSIONS[signature.n_layers > 0],
         "base_id": signature.base_id,
         "description": signature.description,
         "n_vocab": signature.n_vocab,
         "n_tokens": signature.n_tokens,
         "n_distinct": len(signature.histogram.ids),
     }
+    if signature.n_layers:
+        facts["n_layers"] = signature.n_layers
     for name, field in signature.fields().items():
         with np.errstate(over="ignore"):  # an infinity is not exact, so float32 is written
             halves = field.mean.astype(np.float16)
@@ -102,8 +105,8 @@ def _parse(data: bytes) -> Signature:
         raise ValueError(f"not a safetensors file: {error}") from error
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     facts = json.loads(header["__metadata__"][_METADATA_KEY])
-    if facts["version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {facts['version']}; this program reads {FORMAT_VERSION}")
+    if facts["version"] not in VERSIONS:
+        raise ValueError(f"format version {facts['version']}; this program reads 1 and 2")
     n_distinct, n_vocab = _integer(facts["n_distinct"]), _integer(facts["n_vocab"])
     if not 0 <= n_distinct <= n_vocab <= MAX_VOCAB:
         raise ValueError(f"{n_distinct} distinct tokens of a vocabulary of {n_vocab}")
@@ -117,6 +120,7 @@ def _parse(data: bytes) -> Signature:
         n_tokens=_integer(facts["n_tokens"]),
         base_id=facts["base_id"],
         description=facts["description"],
+        n_layers=_integer(facts["n_layers"]) if facts["version"] == 2 else 0,
     )
 
 

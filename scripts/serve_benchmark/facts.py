@@ -101,16 +101,22 @@ def _with_combination(
 
 def about(run: Run) -> Row:
     """When, on what and with which code a run was measured."""
+    return machine() | {
+        "n_threads": run.n_threads,
+        "rounds": run.rounds,
+        "quick": run.quick,
+    }
+
+
+def machine() -> Row:
+    """When, on what machine and with which code something is measured."""
     return {
         "when": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": _commit(),
         "cpu": _cpu(),
         "n_cores": os.cpu_count(),
-        "n_threads": run.n_threads,
         "llama_cpp_python": version("llama-cpp-python"),
         "python": platform.python_version(),
-        "rounds": run.rounds,
-        "quick": run.quick,
     }
 
 
