@@ -24,7 +24,7 @@ import operators_benchmark.report as operators
 import suggest_benchmark.report as suggestions
 from gradient_quality.measuring import read_results as read_gradients
 from operators_benchmark.results import read_results as read_operators
-from result_lines import newest
+from result_lines import newest, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "serve.jsonl"
@@ -111,8 +111,7 @@ def pages() -> dict[Path, str]:
 
 def types_report(path: Path) -> str:
     """A table for each line that `edgelora doctor --measure BASE --json` printed."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return "\n\n".join(_types(json.loads(line)) for line in lines) or NOTHING
+    return "\n\n".join(map(_types, read_lines(path))) or NOTHING
 
 
 def _types(row: Measured) -> str:

@@ -40,10 +40,10 @@ from operators_benchmark.measuring import Wanted, measure_case
 from operators_benchmark.paper import DISTANCES, fold_head
 from operators_benchmark.registry import GROUPS, LABELS, Arm, expand
 from operators_benchmark.results import Key, key_of, read_results
+from result_lines import Row, append_line
 
 from edgelora.embedding_cache import cache_folder
 from edgelora.errors import EdgeLoRAError
-from result_lines import Row, append_line
 from edgelora.leave_one_out.splits import SPLITS
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -335,6 +335,7 @@ def test_lorahub_without_nevergrad_says_what_to_install(
         lorahub.make_lorahub(bench)
 
 
+@pytest.mark.filterwarnings("ignore:COBYLA")  # of scipy, at what nevergrad asks of it
 def test_lorahub_with_nevergrad_itself() -> None:
     pytest.importorskip("nevergrad", reason="nevergrad is for the benchmark only")
     found = lorahub.minimise(lambda w: float(((w - 0.7) ** 2).sum()), 2, 1, 60, seed=0)

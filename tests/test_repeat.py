@@ -333,4 +333,4 @@ def test_options_that_the_file_decides_on(world: World, tmp_path: Path) -> None:
     result = again(world, recorded, "--data", world.helped, "--rank", 4)
     assert result.exit_code == 2 and "decides by itself on --data, --rank" in result.stderr
     neither = run("build", "--base", world.base, "--bank", world.bank, "-o", tmp_path / "x.gguf")
-    assert neither.exit_code == 2 and "'--data'" in neither.stderr
+    assert neither.exit_code == 2 and "One of --data and --describe" in neither.stderr

@@ -132,9 +132,10 @@ def _add(
     bank = open_bank(bank_path, create=True)
     read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
     with (
-        _open_embedder(
-            base, scheduler, layers_for(bank, base, n_layers), threads, seed
-        ) as (embed, each),
+        _open_embedder(base, scheduler, layers_for(bank, base, n_layers), threads, seed) as (
+            embed,
+            each,
+        ),
         console.progress("adding adapters", len(requests)) as advance,
     ):
         return refused + add_many(
@@ -155,13 +156,16 @@ def _open_embedder(
     def warn(text: str) -> None:
         console.warn(console.safe(text))
 
-    how = {"n_layers": n_layers, "n_threads": threads, "seed": seed}
     if scheduler is None:
-        with open_embedder(base.path, warn=warn, **how) as embed:
+        with open_embedder(
+            base.path, n_layers=n_layers, n_threads=threads, seed=seed, warn=warn
+        ) as embed:
             yield embed, one_by_one
         return
     require_network("--scheduler")
-    with open_remote_embedder(base, scheduler, warn=warn, **how) as remote:
+    with open_remote_embedder(
+        base, scheduler, n_layers=n_layers, n_threads=threads, seed=seed, warn=warn
+    ) as remote:
         yield remote
 
 

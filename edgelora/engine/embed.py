@@ -82,7 +82,7 @@ def embed_in_steps(
 def _normalised(hidden: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows over their root mean square: a first token may be a thousand times the others."""
     squares = np.einsum("nd,nd->n", hidden, hidden) / hidden.shape[1]
-    return hidden / np.sqrt(squares + EPSILON)[:, None]
+    return np.asarray(hidden / np.sqrt(squares + EPSILON)[:, None], np.float32)
 
 
 def _pack(

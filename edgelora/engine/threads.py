@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import psutil
 
@@ -38,11 +39,10 @@ def stored_threads(architecture: str) -> Threads | None:
     None where nothing is kept, or what is there cannot be meant for this machine.
     """
     found = _read().get(_key(architecture))
-    numbers = [found.get(name) for name in ("prompt", "decode")] if isinstance(found, dict) else []
-    n_logical = psutil.cpu_count() or 1
-    if len(numbers) == 2 and all(type(n) is int and 1 <= n <= n_logical for n in numbers):
-        return Threads(*numbers)
-    return None
+    prompt, decode = (
+        (found.get("prompt"), found.get("decode")) if isinstance(found, dict) else (None, None)
+    )
+    return Threads(prompt, decode) if _is_count(prompt) and _is_count(decode) else None
 
 
 def store_threads(architecture: str, threads: Threads) -> Path:
@@ -67,6 +67,10 @@ def cpu_model() -> str:
                 asked, capture_output=True, text=True, check=True, timeout=5
             ).stdout.strip()
     return platform.processor() or platform.machine()
+
+
+def _is_count(n: object) -> TypeGuard[int]:
+    return type(n) is int and 1 <= n <= (psutil.cpu_count() or 1)
 
 
 def _key(architecture: str) -> str:

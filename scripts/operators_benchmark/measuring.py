@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 from gradient_quality.bed import Case
+from result_lines import Row
 
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.engine.context import Context, open_context
 from edgelora.evaluate import references
 from edgelora.leave_one_out.judging import Judged, context_size, judge
-from result_lines import Row
 from edgelora.metrics import paired_bootstrap
 from operators_benchmark.bench import Bench, Made
 from operators_benchmark.costs import Bill

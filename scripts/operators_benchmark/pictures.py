@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from result_lines import Row
+
 from operators_benchmark.results import Key
 from operators_benchmark.summary import Table, tables
 

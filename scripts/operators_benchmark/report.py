@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-
 from result_lines import Row
+
 from edgelora.leave_one_out.shares import Recovered
 from operators_benchmark.pictures import PICTURES, has_material
 from operators_benchmark.results import Key

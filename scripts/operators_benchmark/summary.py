@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from result_lines import Row
+
 from edgelora.leave_one_out.shares import MIN_GAP, Recovered, ahead, recovered
 from edgelora.leave_one_out.splits import families
 from edgelora.metrics import paired_bootstrap
