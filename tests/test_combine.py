@@ -180,9 +180,13 @@ def test_a_wide_stack_that_cancels_or_is_broken(method: str) -> None:
     (pair,) = made.pairs()
     wanted = exact(sources, [1 / 30] * 30, "x")
     assert made.error == pytest.approx(relative(dense(pair), wanted), rel=1e-4, abs=1e-5)
-    sources[3].pair("x").lora_a[0, 0] = np.nan
-    with pytest.raises(InvalidFile, match="x: an adapter holds NaN or infinite"):
-        combine(method, sources, [1 / 30] * 30)
+    whole = sources[3].pair("x")
+    for value in (np.nan, 1e20, 1e30):
+        lora_a = np.array(whole.lora_a, np.float32)
+        lora_a[0, 0] = value
+        sources[3] = Fake({"x": LoraPair("x", lora_a, whole.lora_b, whole.scale)})
+        with pytest.raises(InvalidFile, match="x: an adapter holds NaN or infinite"):
+            combine(method, sources, [1 / 30] * 30)
 
 
 def test_auto_rank_keeps_99_percent_of_the_energy() -> None:

@@ -98,6 +98,7 @@ class Terms:
             # BLAS counts columns first: the transposes are the arrays as they lie, without a copy.
             sgemm(1.0, lora_a.T, lora_b.T, beta=1.0, c=total.T, overwrite_c=True)
         bound = math.sqrt(squares_a) * math.sqrt(squares_b)
+        self._refuse_nonfinite(bound)
         return total, self.real_norm(dense_norm(total), bound)
 
     def norm(self) -> float:
