@@ -23,6 +23,7 @@ import gradient_quality.report as gradients
 import operators_benchmark.report as operators
 import suggest_benchmark.report as suggestions
 from gradient_quality.measuring import read_results as read_gradients
+from operators_benchmark.results import as_gradient_rows
 from operators_benchmark.results import read_results as read_operators
 from result_lines import newest, read_lines
 
@@ -85,7 +86,8 @@ def put_all(page: str, told: Mapping[str, str]) -> str:
 def pages() -> dict[Path, str]:
     """Every page with tables, as the results say that it should be."""
     told = {"suggest": suggestions.report(read_results(SUGGESTIONS))}
-    told |= operators.sections(read_operators(OPERATORS))
+    side_by_side = read_operators(OPERATORS)
+    told |= operators.sections(side_by_side)
     exits = read_results(EARLY)
     told["early-quality"] = early.quality_report(exits)
     measured = {
@@ -98,7 +100,7 @@ def pages() -> dict[Path, str]:
         GRADIENTS_PAGE: put(
             GRADIENTS_PAGE.read_text(encoding="utf-8"),
             "gradient",
-            gradients.report(read_gradients(GRADIENTS)),
+            gradients.report(as_gradient_rows(side_by_side) | read_gradients(GRADIENTS)),
         ),
         SCALE_PAGE: put(
             SCALE_PAGE.read_text(encoding="utf-8"),

@@ -17,6 +17,7 @@ import benchmark_operators as script
 import numpy as np
 import pytest
 from gradient_quality import bed as beds_module
+from gradient_quality import report as gradient_report
 from operators_benchmark import (
     controls,
     lorahub,
@@ -406,6 +407,23 @@ def test_a_table_holds_shares_by_hand() -> None:
     told = report.sections(keyed(LINES))["operators-arms"].splitlines()
     assert told[2].startswith("| arm | tasks |") and told[4].startswith("| own | 3 | 1.000")
     assert any(row.startswith("| op-mixture | 3 | 0.557 [") for row in told)
+
+
+def test_arms_of_both_benchmarks_are_told_by_the_gradient_one_too() -> None:
+    items = {"nll": [5.0, 5.0], "n_tokens": [1, 1], "rouge_l": []}
+    lines = [
+        line("a", "base", 5.0, items=items), line("a", "own", 1.0, loss_vs_base=[-4.1, -4, -3.9]),
+        line("a", "gradient-3", 2.0, loss_vs_base=[-4, -3, -2], rank=4),
+        line("a", "forward", 6.0, loss_vs_base=[0.5, 1, 1.5]),
+        line("a", "op-gibbs", 1.0), line("a", "gradient-3", 1.0, split="task"),
+    ]  # fmt: skip
+    rows = results.as_gradient_rows(keyed(lines))
+    told = gradient_report.report(rows).splitlines()
+    (gradient,), (forward,) = (
+        [row for row in told if row.startswith(f"| {arm} ")] for arm in ("gradient-3", "forward")
+    )
+    assert "| 1 | 0.750 [" in gradient and gradient.endswith("| 4 | 100 | 0 |")
+    assert forward.endswith("| 1 |") and not [row for row in told if "op-gibbs" in row]
 
 
 def test_seeds_are_averaged_before_tasks() -> None:

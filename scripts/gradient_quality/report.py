@@ -148,6 +148,8 @@ def _mean(mine: dict[Any, Row], key: str) -> str:
 
 def _is_worse(row: Row, base: Row) -> bool:
     """Whether its loss is above the base's beyond the paired interval of its items."""
+    if "loss_vs_base" in row:
+        return bool(row["loss_vs_base"][0] > 0)
     gaps = np.array(row["nll"]) - np.array(base["nll"])
     return paired_bootstrap(gaps, np.array(base["n_tokens"], float))[0] > 0
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gradient_quality.arms import parse_arm
+from gradient_quality.measuring import Key as GradientKey
+from gradient_quality.measuring import key_of as gradient_key_of
 from result_lines import Row, read_lines
 
 # split is None for an arm that no bank plays a part in, labels for one that uses none.
@@ -21,3 +24,21 @@ def key_of(row: Mapping[str, Any]) -> Key:
 def read_results(path: Path) -> dict[Key, Row]:
     """The finished lines; of two about the same the later one."""
     return {key_of(row): row for row in read_lines(path) if row.keys() >= set(KEY)}
+
+
+def as_gradient_rows(rows: Mapping[Key, Row]) -> dict[GradientKey, Row]:
+    """Lines of the arms that both benchmarks have, as the gradient benchmark writes them."""
+    found = [
+        row | row.get("items", {}) | {"labels": row["labels"] or 0}
+        for row in rows.values()
+        if row["split"] in (None, "source") and _is_gradient_arm(row["arm"])
+    ]
+    return {gradient_key_of(row): row for row in found}
+
+
+def _is_gradient_arm(name: str) -> bool:
+    try:
+        parse_arm(name)
+    except ValueError:
+        return False
+    return True
