@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import clusters
 import pytest
@@ -131,6 +133,18 @@ def test_workers_that_lack_the_code_are_named(
             list(cluster.each(only_here.probe, numbered(3)))
 
 
+def kill_at_work(work: Slow, worker: subprocess.Popen[bytes]) -> None:
+    """Kill a worker as it begins its next item, long before that is done."""
+
+    def n_begun() -> int:
+        return sum(pid == worker.pid for _, pid in work.begun())
+
+    before, deadline = n_begun(), time.monotonic() + 30
+    while n_begun() == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    worker.kill()
+
+
 @pytest.mark.slow
 def test_nothing_is_lost_with_a_killed_worker(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
@@ -140,9 +154,10 @@ def test_nothing_is_lost_with_a_killed_worker(tmp_path: Path) -> None:
             answers = []
             for answer in cluster.each(work, numbered(12)):
                 answers.append(answer)
-                if len(answers) == 3:  # both workers are at work: each is given one at once
-                    time.sleep(0.2)
-                    processes.workers[0].kill()
+                if len(answers) == 3:
+                    killer = Thread(target=kill_at_work, args=(work, processes.workers[0]))
+                    killer.start()
+            killer.join()
     assert sorted(answers) == sorted((f"item {i}", 2 * i) for i in range(12))
     begun = work.begun()
     dead = processes.workers[0].pid
