@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 import psutil
+
+from edgelora.memory import memory_in_use
 
 
 def main() -> None:
@@ -36,14 +37,10 @@ def watch(process: psutil.Popen, *, interval_s: float) -> int:
 
 
 def anonymous(process: psutil.Process) -> int:
-    """RssAnon in bytes on Linux, the resident size elsewhere; 0 for a process that has ended."""
-    status = Path(f"/proc/{process.pid}/status")
+    """Bytes that mapped files do not inflate (edgelora.memory); 0 for a process that has ended."""
     try:
-        if status.exists():
-            lines = status.read_text().splitlines()
-            return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-        return int(process.memory_info().rss)
-    except (psutil.Error, OSError):
+        return memory_in_use(process.pid).size_bytes
+    except psutil.Error:
         return 0
 
 

@@ -239,6 +239,7 @@ def test_a_bank_is_calibrated_by_its_categories_and_builds_use_it(
 ) -> None:
     told = calibrated(fresh, world)
     assert "fitted on 10 datasets of the bank, by categories" in told and "softmin of bures" in told
+    assert "peak memory: " in told
     base_id = model.base.identity.id
     stored = read_calibration(fresh, base_id)
     assert stored is not None and not stored.values.priors

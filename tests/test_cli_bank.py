@@ -54,6 +54,7 @@ def test_a_bank_from_first_to_last_command(tmp_path: Path, base_path: Path) -> N
     assert "3 added, 1 refused" in first.stdout
     refused = first.stdout[first.stdout.index("refused:") :]
     assert "dora" in refused and "DoRA" in refused
+    assert "peak memory: " in first.stderr
 
     again = edgelora(*line[:-6], *line[-4:])
     assert "already there: task1 (same bytes: nothing to do)" in again.stdout

@@ -53,6 +53,7 @@ def test_the_plan_the_table_and_what_was_written(world: World, tmp_path: Path) -
     assert shown.count("<- written") == 1 and builds.HELPER in shown
     assert "loss on 8 examples (untouched): base" in shown
     assert "relative error" in shown and f"{out} (" in shown.replace("\n", "")
+    assert plan.splitlines()[-1].startswith("peak memory: ")
     assert open_lora(out).names
 
 
@@ -63,7 +64,7 @@ def test_json_is_all_of_stdout(world: World, tmp_path: Path) -> None:
     assert set(told) == {
         "out", "chosen", "coefficients", "distances", "losses_alone", "support_losses",
         "selection_losses", "judged", "rank", "relative_error", "n_tokens", "elapsed_s", "warnings",
-        "refined", "trained",
+        "refined", "trained", "peak_memory",
     }  # fmt: skip
     assert told["refined"] is None and told["trained"] is None
     assert told["out"] == str(out) and told["n_tokens"] <= 12_000
@@ -81,6 +82,7 @@ def test_exit_codes_say_what_happened(world: World, tmp_path: Path) -> None:
     out.parent.mkdir()
     nothing = run(*words(world, world.hopeless, out))
     assert nothing.exit_code == 3 and "nothing beats the base" in nothing.stderr
+    assert "peak memory: " in nothing.stderr  # all the work was done
     assert not list(out.parent.iterdir()) and not nothing.stdout
 
     out.write_bytes(b"mine")

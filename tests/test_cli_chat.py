@@ -69,6 +69,7 @@ def test_compare_answers_the_last_question_with_each(folder: Path) -> None:
     assert after == answer(folder, "was he there", "with this")  # comparing changed nothing
     nothing = run(*words(folder), stdin="/compare\n")
     assert nothing.exit_code == 0 and "nothing to compare yet" in nothing.stderr
+    assert nothing.stderr.splitlines()[-1].startswith("peak memory: ")
 
 
 def test_commands_that_are_wrong_or_ask(folder: Path) -> None:

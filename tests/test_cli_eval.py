@@ -105,6 +105,7 @@ def test_answers_are_compared_and_the_table_is_printed(folder: Path) -> None:
     assert rows[1].split()[:2] == ["base", f"{arms[0]['loss']:.4f}"]
     assert str(folder / "a.gguf") in rows[2] and "[" in rows[2] and len(rows) == 3
     assert "2 examples (jsonl prompt/completion" in shown.stderr
+    assert shown.stderr.splitlines()[-1].startswith("peak memory: ")
 
 
 def test_the_same_line_gives_the_same_numbers(folder: Path) -> None:

@@ -78,6 +78,7 @@ def test_the_written_file_is_the_weighted_sum(folder: Path, tmp_path: Path) -> N
     said = json.loads(result.stdout)
     assert [source["weight"] for source in said["sources"]] == [0.7, -0.3]
     assert said["rank"] == 8 and said["relative_error"] == 0.0 and said["warnings"] == []
+    assert said["peak_memory"]["size_bytes"] > 1e6 and said["peak_memory"]["kind"]
     a, b, c = (open_lora(path) for path in (folder / "a.gguf", folder / "b.gguf", out))
     for name in c.names:
         deltas = [p.scale * p.lora_b @ p.lora_a for p in (f.pair(name) for f in (a, b, c))]
@@ -92,8 +93,10 @@ def test_the_table_and_the_refused_overwrite(folder: Path, tmp_path: Path) -> No
     rows = [row.split() for row in first.stdout.splitlines()]
     assert rows[1][1:] == ["4", "+0.5", "Licence", "a"] and rows[2][1:3] == ["4", "+1"]
     assert "svd: 6 tensors, rank up to 4, relative error 0." in first.stdout
+    assert "peak memory: " in first.stderr and " MB (" in first.stderr
     before = out.read_bytes()
     again = run(*line)
+    assert "peak memory" not in again.stderr  # nothing was done
     assert again.exit_code == 1 and "exists already" in again.stderr and "--force" in again.stderr
     assert run(*line, "--force").exit_code == 0 and out.read_bytes() == before
 

@@ -105,6 +105,7 @@ def test_it_says_where_it_is_and_ends_in_order(base: Path) -> None:
         assert httpx.get(f"{url}/ready").status_code == 200
         assert server.end(signal.SIGINT) == 0
         assert "ending" in server.stderr and "Traceback" not in server.stderr
+        assert server.lines[-1].startswith("peak memory: ")
 
 
 @pytest.mark.slow

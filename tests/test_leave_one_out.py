@@ -126,7 +126,7 @@ def evaluate(bed: Path, results: Path, *words: object) -> list[dict[str, object]
     done = run("bank", "evaluate", "--base", bed / "base.gguf", "--bank", bed / "bank",
                "--data", bed / "data", "-o", results, "--threads", 1, "--test", 6, *words,
                "--json")  # fmt: skip
-    assert done.exit_code == 0, done.stderr
+    assert done.exit_code == 0 and "peak memory: " in done.stderr, done.stderr
     return json.loads(done.stdout)["rows"]
 
 

@@ -59,33 +59,3 @@ def test_slots_and_context_fit_the_free_memory(base: Base) -> None:
         room(200 * 128)
     with pytest.raises(EdgeLoRAError, match="--kv-type"):
         room(4096 * 128, n_slots=8, n_ctx=4096)
-
-
-def test_available_memory_is_within_the_machine() -> None:
-    assert 0 < memory.available_bytes() < 1 << 50
-
-
-@pytest.mark.parametrize(
-    ("folder", "limit", "used", "line"),
-    [("", "max", "current", "inactive_file"),
-     ("memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file")],
-    ids=["version 2", "version 1"],
-)  # fmt: skip
-def test_the_limit_of_a_cgroup_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, limit: str, used: str, line: str
-) -> None:
-    (tmp_path / folder).mkdir(exist_ok=True)
-    files = {limit: "1000000", used: "700000", "stat": f"anon 5\n{line} 9\n"}
-    for name, text in files.items():
-        (tmp_path / folder / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.available_bytes() == 300_009
-
-
-def test_a_cgroup_without_a_limit_leaves_the_machine_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert memory.available_bytes() > 10_000_000

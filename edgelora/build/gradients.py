@@ -33,6 +33,7 @@ from edgelora.gradient.descent import (
 from edgelora.gradient.minimise import GRADIENT_COST
 from edgelora.gradient.polish import PolishOptions, count_polish_tokens, fresh_pairs
 from edgelora.gradient.updates import Combined, refuse_misfits
+from edgelora.memory import available_bytes
 
 # More examples than this cost more than they tell; a sample is drawn by the seed.
 MAX_EXAMPLES = 64
@@ -255,13 +256,11 @@ def _memory(
     scratch: Path,
 ) -> tuple[int, PassOptions]:
     """An estimate of what a pass takes, and how it is run so that the memory suffices."""
-    import psutil
-
     base, passes = decoder.base, PassOptions()
     longest = max(text.n_tokens for text in texts)
     n_rows = min(decoder.count_rows(texts, passes), max(passes.max_tokens, longest))
     inputs = base.n_layer * n_rows * base.n_embd * _FLOAT
-    room = int(_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available) - inputs
+    room = int(_SHARE_OF_FREE_MEMORY * available_bytes()) - inputs
     transient = _transient(decoder, n_rows, longest, files)
     if work.options.refine == "gradient" and work.options.weights == "component":
         transient += memory_of_directions(files[:MAX_SOURCES])

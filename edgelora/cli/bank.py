@@ -77,6 +77,7 @@ command.add_command(evaluate)
 )
 @json_option
 @console.common_options
+@console.tells_memory
 def add(
     folders: tuple[Path, ...],
     bank_path: Path,

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 @click.option("--no-generate", is_flag=True, help="Loss only: no answers, far quicker.")
 @json_option
 @console.common_options
+@console.tells_memory
 def evaluate(
     base: str,
     bank_path: Path,

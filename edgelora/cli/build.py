@@ -86,6 +86,7 @@ _N_RANKED = 5
 @click.option("--force", is_flag=True, help="Overwrite; write even if the base is better.")
 @json_option
 @console.common_options
+@console.tells_memory
 def command(
     base: str,
     bank_path: Path,
@@ -328,6 +329,7 @@ def _as_json(built: Built) -> dict[str, object]:
         "trained": built.trained and asdict(built.trained),
         "n_tokens": built.n_tokens,
         "elapsed_s": built.elapsed_s,
+        "peak_memory": console.peak_memory(),
         "warnings": list(built.warnings),
     }
 

@@ -39,6 +39,7 @@ _FEW = 5
               )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @console.common_options
+@console.tells_memory
 def calibrate(
     bank_path: Path, base: str, distances: tuple[str, ...], as_json: bool, **options: Any
 ) -> None:

@@ -65,6 +65,7 @@ Ctrl-C in an answer stops that answer."""
     help="Tokens that a conversation may have.",
 )  # fmt: skip
 @console.common_options
+@console.tells_memory
 def command(
     base: str,
     adapters: tuple[Path, ...],

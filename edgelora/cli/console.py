@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import click
@@ -29,13 +30,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from edgelora.errors import EdgeLoRAError
+from edgelora.errors import EdgeLoRAError, NoImprovement
 from edgelora.hub.offline import offline as offline_if
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 Command = TypeVar("Command", bound=Callable[..., Any])
 _drawn: list[Progress] = []
+_PEAK = "edgelora.peak"
 _ROOM = "Make room on the disk, then run the same command again."
 _MAY_NOT = "Choose a folder that you may write to, or change its permissions."
 _WHAT_TO_DO = {
@@ -202,6 +204,33 @@ def common_options(command: Command) -> Command:
             return with_exit_codes(command, verbose)(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def tells_memory(command: Command) -> Command:
+    """The command ends with its peak memory on stderr: below `common_options`, whose -q it heeds.
+
+    An error ends it without, unless it came after all the work.
+    """
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        from edgelora.memory import sampled_peak
+
+        with sampled_peak() as peak:
+            click.get_current_context().meta[_PEAK] = peak
+            try:
+                command(*args, **kwargs)
+            except (SystemExit, NoImprovement):
+                say(f"peak memory: {peak.read()}")
+                raise
+            say(f"peak memory: {peak.read()}")
+
+    return wrapper  # type: ignore[return-value]
+
+
+def peak_memory() -> dict[str, object]:
+    """The peak so far of the command that runs, which `tells_memory`, as JSON has it."""
+    return asdict(click.get_current_context().meta[_PEAK].read())
 
 
 def with_exit_codes(command: Callable[..., Any], verbose: bool = False) -> Callable[..., Any]:

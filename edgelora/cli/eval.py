@@ -50,6 +50,7 @@ _USUAL_CONTEXT = 4096
 )
 @json_option
 @console.common_options
+@console.tells_memory
 def command(
     base: str,
     adapters: tuple[Path, ...],

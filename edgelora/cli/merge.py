@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @force_option
 @json_option
 @console.common_options
+@console.tells_memory
 def command(
     adapters: tuple[str, ...],
     out: Path,
@@ -114,6 +115,7 @@ def _as_json(
         "tensors": [vars(tensor) for tensor in report.tensors],
         "cancelled": list(report.cancelled),
         "size_bytes": report.path.stat().st_size,
+        "peak_memory": console.peak_memory(),
         "warnings": _warnings(report),
     }
 

@@ -81,6 +81,7 @@ def base(
 @type_option
 @json_option
 @console.common_options
+@console.tells_memory
 def bank(
     names: tuple[str, ...],
     base: str,

@@ -163,6 +163,7 @@ def _network(command: Callable[..., Any]) -> Callable[..., Any]:
 @_memory
 @_queue
 @console.common_options
+@console.tells_memory
 def command(**options: Any) -> None:
     """Serve the base and adapters over HTTP, as OpenAI's API; the page at / talks to it.
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from edgelora.adapters.base import Base
 from edgelora.engine.needs import Needs
@@ -18,11 +14,6 @@ _WANTED_CTX, _WANTED_SLOTS, _SMALLEST_CTX = 4096, 4, 512
 # KV takes at most this share of what is free beside the weights: adapters, batches and whatever
 # else runs on the machine need the rest.
 _SHARE = 0.5
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (  # of version 2 and of version 1: folder, limit, usage, and a line of memory.stat
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGE_BYTES = 256 << 10
 
@@ -106,19 +97,3 @@ def return_large_blocks() -> bool:
     except (AttributeError, OSError, TypeError):  # musl and macOS; Windows
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGE_BYTES) and mallopt(_TRIM_THRESHOLD, _LARGE_BYTES))
-
-
-def available_bytes() -> int:
-    """Memory that is free or can be freed, within the limit of this process's cgroup if any."""
-    free: int = psutil.virtual_memory().available
-    for folder, limit, used, cache in _CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # no such version; "max" is no limit
-            parts = [int((_CGROUP / folder / name).read_text()) for name in (limit, used)]
-            free = min(free, parts[0] - parts[1] + _evictable(_CGROUP / folder, cache))
-    return max(free, 0)
-
-
-def _evictable(folder: Path, name: str) -> int:
-    """Page cache that counts as used by the cgroup and leaves when memory is wanted."""
-    lines = (folder / "memory.stat").read_text().splitlines()
-    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)

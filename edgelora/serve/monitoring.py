@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from edgelora.memory import memory_in_use
 from edgelora.serve.counters import Stats
 from edgelora.serve.server import Server
 
@@ -58,7 +57,7 @@ class _Server(Collector):
         ready.add_metric([], float(self._server.state == "ready"))
         yield ready
         rss = GaugeMetricFamily("edgelora_rss_anonymous_bytes", "Private memory of the process")
-        rss.add_metric([], _anonymous_bytes())
+        rss.add_metric([], memory_in_use().size_bytes)
         yield rss
         if self._server.is_open:
             yield from _of_stats(self._server.scheduler.stats())
@@ -94,13 +93,3 @@ def _of_models(server: Server) -> Iterator[Metric]:
     names = [served.id for served in server.registry.adapters()]
     loaded.add_metric([], sum(map(server.registry.is_loaded, names)))
     yield loaded
-
-
-def _anonymous_bytes() -> float:
-    """RssAnon where the system tells it (Linux), else what psutil calls private, else RSS."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-    except (OSError, StopIteration):
-        memory = psutil.Process().memory_info()
-        return float(getattr(memory, "private", memory.rss))

@@ -201,7 +201,8 @@ class Server:
 
     def _fit(self, model: Model) -> Room:
         from edgelora.engine.needs import needs_of
-        from edgelora.serve.memory import available_bytes, fit
+        from edgelora.memory import available_bytes
+        from edgelora.serve.memory import fit
 
         s = self.settings
         needs = needs_of(s.base, n_batch=s.n_batch)

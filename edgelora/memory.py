@@ -1,0 +1,113 @@
+"""Memory of this machine and of a process: what is free, and what mapped files do not inflate."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+INTERVAL_S = 0.05
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (  # of version 2 and of version 1: folder, limit, usage, and a line of memory.stat
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Memory of a process, as this system tells it.
+
+    Attributes:
+        kind: "anonymous" (RssAnon of Linux); "private" (Windows, swapped out or not); "unique"
+            (the pages of no other process: macOS); or "resident", where mapped files count too.
+    """
+
+    size_bytes: int
+    kind: str
+
+    def __str__(self) -> str:
+        note = ", mapped files included" if self.kind == "resident" else ""
+        return f"{self.size_bytes / 1e6:,.0f} MB ({self.kind}{note})"
+
+
+def memory_in_use(pid: int | None = None) -> Usage:
+    """What a process (by default this one) takes now, mapped files left out where that is known.
+
+    Raises:
+        psutil.Error: there is no such process, or it may not be asked.
+    """
+    try:
+        status = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8")
+    except OSError:
+        status = ""
+    for line in status.splitlines():
+        if line.startswith("RssAnon:"):
+            return Usage(int(line.split()[1]) << 10, "anonymous")
+    return usage_by_psutil(psutil.Process(pid))
+
+
+def usage_by_psutil(process: psutil.Process) -> Usage:
+    """The same for a system without RssAnon.
+
+    Raises:
+        psutil.Error: as `memory_in_use`.
+    """
+    memory = process.memory_info()
+    if hasattr(memory, "private"):
+        return Usage(int(memory.private), "private")
+    with contextlib.suppress(AttributeError, psutil.AccessDenied):  # not on every system
+        return Usage(int(process.memory_full_info().uss), "unique")
+    return Usage(int(memory.rss), "resident")
+
+
+class PeakMemory:
+    """The most that this process took, among samples and the moments of asking."""
+
+    def __init__(self) -> None:
+        self._peak = memory_in_use()
+
+    def read(self) -> Usage:
+        """Take one sample more; the largest of all."""
+        now = memory_in_use()
+        if now.size_bytes > self._peak.size_bytes:
+            self._peak = now
+        return self._peak
+
+
+@contextlib.contextmanager
+def sampled_peak(interval_s: float = INTERVAL_S) -> Iterator[PeakMemory]:
+    """Sample the memory of this process in a thread while the block runs."""
+    peak, ended = PeakMemory(), threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(interval_s):
+            peak.read()
+
+    thread = threading.Thread(target=sample, name="edgelora-memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+def available_bytes() -> int:
+    """Memory that is free or can be freed, within the limit of this process's cgroup if any."""
+    free: int = psutil.virtual_memory().available
+    for folder, limit, used, cache in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such version; "max" is no limit
+            parts = [int((_CGROUP / folder / name).read_text()) for name in (limit, used)]
+            free = min(free, parts[0] - parts[1] + _evictable(_CGROUP / folder, cache))
+    return max(free, 0)
+
+
+def _evictable(folder: Path, name: str) -> int:
+    """Page cache that counts as used by the cgroup and leaves when memory is wanted."""
+    lines = (folder / "memory.stat").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
