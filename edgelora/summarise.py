@@ -20,6 +20,7 @@ from edgelora.signature import Signature, summarise
 
 DEFAULT_N_EMBEDDED = 64
 _CHUNK = 32
+_USUAL_KV_TYPE = "f16"
 
 
 def embedding_name(n_layers: int = 0) -> str:
@@ -154,9 +155,11 @@ def embed_cached(
         (n, d) float32, n = len(texts).
     """
     distinct = list(dict.fromkeys(texts))
-    # The file's size tells quantisations of one model apart: their embeddings differ a little.
+    # The file's size tells quantisations of one model apart: their embeddings differ a little, as
+    # those from quantised keys and values do.
     model_key = f"{context.model.base.identity.id}-{context.model.base.path.stat().st_size}"
     model_key += f"-{n_layers} layers" if n_layers else ""
+    model_key += f"-{context.kv_type}" if context.kv_type != _USUAL_KV_TYPE else ""
     stored = cache.get(model_key, distinct)
     n_embd = context.model.n_embd
     missing = [i for i, vector in enumerate(stored) if vector is None or len(vector) != n_embd]

@@ -9,6 +9,7 @@ import pico
 import pytest
 from click.testing import CliRunner, Result
 
+from edgelora import memory
 from edgelora.adapters.base import read_base
 from edgelora.bank import open_bank
 from edgelora.cli.main import main
@@ -54,7 +55,7 @@ def test_a_bank_from_first_to_last_command(tmp_path: Path, base_path: Path) -> N
     assert "3 added, 1 refused" in first.stdout
     refused = first.stdout[first.stdout.index("refused:") :]
     assert "dora" in refused and "DoRA" in refused
-    assert "peak memory: " in first.stderr
+    assert "peak memory: " in first.stderr and "--low-ram" not in first.stderr
 
     again = edgelora(*line[:-6], *line[-4:])
     assert "already there: task1 (same bytes: nothing to do)" in again.stdout
@@ -184,3 +185,18 @@ def test_an_adapter_of_another_base_is_refused_with_both_identities(
 def test_a_missing_bank_is_named(tmp_path: Path) -> None:
     result = edgelora("bank", "ls", "--bank", tmp_path / "absent")
     assert result.exit_code == 1 and "not a bank" in result.stderr
+
+
+def test_signatures_are_made_with_little_memory_where_it_is_short(
+    tmp_path: Path, base_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = task(tmp_path, "one", 1)
+    line = ["bank", "add", folder, "--bank", tmp_path / "bank", "--base", base_path, "-q",
+            "--data", tmp_path / "one" / "train.jsonl", "--threads", 1]  # fmt: skip
+    for name, text in {"max": "1000", "current": "0", "stat": "inactive_file 0"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    done = edgelora(*line)
+    assert done.exit_code == 0 and "--low-ram was chosen" in done.stderr
+    other = edgelora(*line[:4], tmp_path / "other", *line[5:], "--no-low-ram")
+    assert other.exit_code == 0 and other.stderr == ""

@@ -12,6 +12,7 @@ import pytest
 from cli_runner import run
 from llama_logits import logits
 
+from edgelora import memory
 from edgelora.datasets.template import Segment
 from edgelora.engine.model import open_model
 
@@ -116,6 +117,23 @@ def test_the_same_line_gives_the_same_numbers(folder: Path) -> None:
     assert kept["arms"][0]["loss"] == pytest.approx(
         json.loads(run(*line).stdout)["arms"][0]["loss"], abs=0.01
     )
+
+
+def test_little_free_memory_chooses_low_ram_and_says_so(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (folder / "base.gguf").stat().st_size
+    line = ("eval", "--base", folder / "base.gguf", "--adapter", folder / "a.gguf", "--threads", 1,
+            "--data", folder / "data.jsonl", "--no-generate", "--limit", 1, "-q")  # fmt: skip
+    for free, is_chosen in ((size, True), (3 * size // 2 + 1, False)):
+        for name, text in {"max": f"{free}", "current": "0", "stat": "inactive_file 0"}.items():
+            (tmp_path / f"memory.{name}").write_text(text)
+        monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+        said = run(*line).stderr
+        assert said.startswith("warning:") == is_chosen, said
+        if is_chosen:
+            assert "--low-ram was chosen" in said and "--no-low-ram chooses otherwise" in said
+        assert run(*line, "--no-low-ram").stderr == run(*line, "--low-ram").stderr == ""
 
 
 def test_the_interval_of_a_single_example_is_null_in_json(folder: Path) -> None:

@@ -16,7 +16,7 @@ from edgelora.cli.charts import coefficients_chart
 from edgelora.cli.console import clean
 from edgelora.cli.doctor import parse_flags
 from edgelora.embedding_cache import open_cache
-from edgelora.engine.needs import needs_of
+from edgelora.engine.needs import needs_of, shortage
 from edgelora.engine.threads import cpu_model
 
 
@@ -64,7 +64,7 @@ def test_doctor_says_what_a_base_needs(tmp_path: Path) -> None:
     # 2 layers of K and V: 2 heads of 8 values of 2 bytes, at 4096 tokens.
     assert report["kv_bytes"] == 2 * 2 * 2 * 8 * 2 * 4096
     assert 0 < report["repacked_bytes"] < report["weights_bytes"] < path.stat().st_size
-    assert report["verdict"] == "fits"
+    assert report["verdict"] == "fits" and not report["low_ram"]
     shown = run("doctor", "--base", path)
     assert "KV cache" in shown.stdout and "0.5 MB at 4096 tokens" in shown.stdout
     assert needs_of(pico.write_base(tmp_path / "f.gguf")).repacked_bytes == 0
@@ -77,6 +77,13 @@ def test_the_verdict_at_its_borders(tmp_path: Path) -> None:
     assert needs.verdict(whole) == "fits"
     assert needs.verdict(whole - 1).startswith("fits only with --low-ram")
     assert needs.verdict(needs.private_bytes - 1).startswith("does not fit")
+
+
+def test_low_ram_is_chosen_under_one_and_a_half_times_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "base.gguf"
+    path.write_bytes(bytes(1000))
+    assert shortage(path, 1500) == ""
+    assert "free, less than 1.5 times" in shortage(path, 1499)
 
 
 def test_flags_of_llama_cpp_are_read() -> None:

@@ -199,3 +199,36 @@ def test_a_batch_holds_so_many_and_is_never_empty() -> None:
     assert [batch.is_output(i) for i in (-1, 0, 3, 4)] == [True, False, True, False]
     batch.clear()
     assert not batch.is_output(-1)
+
+
+def test_low_ram_takes_smaller_cells_and_passes(tmp_path: Path) -> None:
+    dims = pico.Dims(64, 64, n_head=2, n_head_kv=1, head_dim=32)
+    base = pico.write_base(tmp_path / "base.gguf", dims=dims)
+    ids = [int(i) for i in np.random.default_rng(0).integers(5, 300, 200)]
+    last = [Row(token, i, 0, output=i >= 150) for i, token in enumerate(ids)]
+    found, states = {}, {}
+    for low_ram in (False, True):
+        options = ModelOptions(n_threads=1, low_ram=low_ram)
+        with open_model(base, options) as model:
+            with open_context(model, n_ctx=256, n_batch=256) as context:
+                found[low_ram] = logits(context, ids)
+                assert context.kv_type == ("q8_0" if low_ram else "f16")
+            with open_context(model, n_ctx=256, n_batch=256, hidden=True) as context:
+                # With low_ram the first pass of 128 tokens has no output at all.
+                states[low_ram] = context.hidden(last)
+            with open_context(model, n_ctx=256, exact=True) as context:
+                assert context.kv_type == "f32"
+            with open_context(model, n_ctx=256, kv_type="f16") as context:
+                assert context.kv_type == "f16"
+    assert found[False].shape == found[True].shape and states[True].shape == (50, 64)
+    for ours in (found, states):
+        difference = np.linalg.norm(ours[True] - ours[False]) / np.linalg.norm(ours[False])
+        assert 0 < difference < 0.02
+
+
+def test_heads_that_are_no_whole_blocks_keep_f16(model: Model) -> None:
+    with (
+        open_model(model.base.path, ModelOptions(n_threads=1, low_ram=True)) as low,
+        open_context(low, n_ctx=256) as context,
+    ):
+        assert low.base.head_dim == 8 and context.kv_type == "f16"

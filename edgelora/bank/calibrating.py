@@ -173,7 +173,8 @@ def add_losses(
     refuse_over_budget(missing, budget_tokens, n_lines)
     plan(len(missing), sum(t.n_tokens for asked in missing.values() for t in asked))
     if missing:
-        with open_context(model) as context:
+        # Losses are kept, and one run may go on where another with more free memory stopped.
+        with open_context(model, kv_type="f16") as context:
             measure_losses(bank, context, known, missing, records, progress)
     losses, base_losses = known.matrix(evidence.names)
     return replace(evidence, losses=losses, base_losses=base_losses)

@@ -26,6 +26,7 @@ def open_embedder(
     *,
     n_layers: int = 0,
     n_threads: int = 0,
+    low_ram: bool | None = False,
     seed: int = 0,
     warn: Callable[[str], None] = lambda text: None,
     progress: Callable[[int], None] = lambda n_texts: None,
@@ -34,6 +35,7 @@ def open_embedder(
 
     Args:
         n_layers: see `layers_for` and engine.embed.embed.
+        low_ram: see engine.model.ModelOptions.
 
     Adding adapters that all have a signature never loads the base; `warn` is told what the engine
     has to say of how it was opened, `progress` how many texts more have been embedded.
@@ -44,6 +46,7 @@ def open_embedder(
     """
     from edgelora.embedding_cache import open_cache
     from edgelora.engine.context import open_context
+    from edgelora.engine.embed import WINDOW
     from edgelora.engine.model import ModelOptions, open_model
     from edgelora.summarise import summarise_examples, summarise_text
 
@@ -51,10 +54,11 @@ def open_embedder(
 
         @functools.cache
         def engine() -> tuple[Context, EmbeddingCache]:
-            model = stack.enter_context(open_model(base, ModelOptions(n_threads=n_threads)))
+            options = ModelOptions(n_threads=n_threads, low_ram=low_ram)
+            model = stack.enter_context(open_model(base, options))
             for warning in model.warnings:
                 warn(warning)
-            context = stack.enter_context(open_context(model, hidden=True))
+            context = stack.enter_context(open_context(model, n_ctx=WINDOW, hidden=True))
             return context, stack.enter_context(open_cache())
 
         def embed(what: Dataset | str) -> Signature:
@@ -62,12 +66,7 @@ def open_embedder(
             if isinstance(what, str):
                 return summarise_text(context, what, cache=cache, n_layers=n_layers, seed=seed)
             return summarise_examples(
-                context,
-                what.examples,
-                cache=cache,
-                n_layers=n_layers,
-                seed=seed,
-                progress=progress,
+                context, what.examples, cache=cache, n_layers=n_layers, seed=seed, progress=progress
             )
 
         yield embed

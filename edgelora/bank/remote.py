@@ -35,6 +35,7 @@ def open_remote_embedder(
     *,
     n_layers: int = 0,
     n_threads: int = 0,
+    low_ram: bool | None = False,
     seed: int = 0,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Embed, Each]]:
@@ -44,11 +45,12 @@ def open_remote_embedder(
         scheduler: its address, e.g. `tcp://host:8786`.
         n_layers: see bank.embedding.layers_for.
         n_threads: of each worker; 0 means all physical cores of its machine.
+        low_ram: see engine.model.ModelOptions; None lets each worker's memory decide.
 
     Raises:
         ClusterError: no scheduler, no worker, or one without the same EdgeLoRA and base.
     """
-    embed = RemoteEmbed.of(base, n_threads, seed, n_layers)
+    embed = RemoteEmbed.of(base, n_threads, seed, n_layers, low_ram)
     with open_cluster(scheduler, warn) as cluster:
         cluster.check(embed.check)
         yield embed, cluster.each
@@ -71,15 +73,30 @@ class RemoteEmbed:
     n_threads: int
     seed: int
     n_layers: int = 0
+    low_ram: bool | None = False
     version: str = __version__
     embedding: str = embedding_name()
 
     @classmethod
-    def of(cls, base: Base, n_threads: int, seed: int, n_layers: int = 0) -> RemoteEmbed:
+    def of(
+        cls,
+        base: Base,
+        n_threads: int,
+        seed: int,
+        n_layers: int = 0,
+        low_ram: bool | None = False,
+    ) -> RemoteEmbed:
         """For a base of this machine."""
-        path, how = base.path.absolute(), embedding_name(n_layers)
-        size = path.stat().st_size
-        return cls(str(path), base.identity.id, size, n_threads, seed, n_layers, embedding=how)
+        return cls(
+            str(base.path.absolute()),
+            base.identity.id,
+            base.path.stat().st_size,
+            n_threads,
+            seed,
+            n_layers,
+            low_ram,
+            embedding=embedding_name(n_layers),
+        )
 
     def check(self) -> None:
         """Whether this process would embed as the one does that asks.
@@ -152,6 +169,7 @@ class _Desk:
                 Path(how.base),
                 n_layers=how.n_layers,
                 n_threads=how.n_threads,
+                low_ram=how.low_ram,
                 seed=how.seed,
                 warn=self._warnings.append,
             )

@@ -27,7 +27,7 @@ from edgelora.bank.store import with_template
 from edgelora.cli import console
 from edgelora.cli.bank_evaluation import evaluate
 from edgelora.cli.calibrate import calibrate, calibration_facts
-from edgelora.cli.options import to_layers
+from edgelora.cli.options import low_ram_option, to_layers
 from edgelora.cli.signatures import signatures
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ command.add_command(evaluate)
     callback=to_layers,
     help="Layers of the base that embed the data (default: as the bank's signatures; all).",
 )
+@low_ram_option
 @json_option
 @console.common_options
 @console.tells_memory
@@ -116,6 +117,7 @@ def _add(
     dtype: str,
     scheduler: str | None,
     n_layers: int | None,
+    low_ram: bool | None,
     threads: int,
     seed: int,
     **facts: str | None,
@@ -132,11 +134,10 @@ def _add(
     requests, refused = make_requests(folders, facts=given, **places)
     bank = open_bank(bank_path, create=True)
     read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
+    n_layers = layers_for(bank, base, n_layers)
+    how = {"n_layers": n_layers, "n_threads": threads, "low_ram": low_ram, "seed": seed}
     with (
-        _open_embedder(base, scheduler, layers_for(bank, base, n_layers), threads, seed) as (
-            embed,
-            each,
-        ),
+        _open_embedder(base, scheduler, how) as (embed, each),
         console.progress("adding adapters", len(requests)) as advance,
     ):
         return refused + add_many(
@@ -147,7 +148,7 @@ def _add(
 
 @contextlib.contextmanager
 def _open_embedder(
-    base: Base, scheduler: str | None, n_layers: int, threads: int, seed: int
+    base: Base, scheduler: str | None, how: dict[str, Any]
 ) -> Iterator[tuple[Embed, Each]]:
     """How data is embedded: here, or on the workers of a scheduler."""
     from edgelora.bank.embedding import open_embedder
@@ -158,15 +159,11 @@ def _open_embedder(
         console.warn(console.safe(text))
 
     if scheduler is None:
-        with open_embedder(
-            base.path, n_layers=n_layers, n_threads=threads, seed=seed, warn=warn
-        ) as embed:
+        with open_embedder(base.path, **how, warn=warn) as embed:
             yield embed, one_by_one
         return
     require_network("--scheduler")
-    with open_remote_embedder(
-        base, scheduler, n_layers=n_layers, n_threads=threads, seed=seed, warn=warn
-    ) as remote:
+    with open_remote_embedder(base, scheduler, **how, warn=warn) as remote:
         yield remote
 
 

@@ -67,7 +67,7 @@ def evaluate(
     n_test: int,
     tasks: tuple[str, ...],
     template: str | None,
-    low_ram: bool,
+    low_ram: bool | None,
     no_generate: bool,
     as_json: bool,
     threads: int,
@@ -98,7 +98,7 @@ def _evaluate(
     settings: Settings,
     template: str | None,
     threads: int,
-    low_ram: bool,
+    low_ram: bool | None,
 ) -> list[Row]:
     from edgelora.bank import open_bank
     from edgelora.engine.prepare import model_template

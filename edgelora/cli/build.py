@@ -97,7 +97,7 @@ def command(
     completion_key: str | None,
     out: Path,
     template: str | None,
-    low_ram: bool,
+    low_ram: bool | None,
     as_json: bool,
     threads: int,
     **choices: Any,

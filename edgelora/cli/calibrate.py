@@ -12,6 +12,7 @@ import click
 
 from edgelora.bank import Bank, BankRecord, open_bank
 from edgelora.cli import console
+from edgelora.cli.options import json_option, low_ram_option
 
 if TYPE_CHECKING:
     from edgelora.operators.calibration import Calibration, Evidence, Fit
@@ -37,7 +38,8 @@ _FEW = 5
 @click.option("--share", type=click.FloatRange(0.0, 1.0, min_open=True), default=0.9,
               show_default=True, help="Of the datasets whose best adapter the shortlist holds."
               )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@low_ram_option
+@json_option
 @console.common_options
 @console.tells_memory
 def calibrate(
@@ -96,6 +98,7 @@ def _measured(
     lines: int,
     budget: int,
     threads: int,
+    low_ram: bool | None,
     seed: int,
     **_: Any,
 ) -> Evidence:
@@ -107,7 +110,7 @@ def _measured(
 
     read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
     datasets = find_datasets(records, targets, data_glob, read)
-    with open_engine(base, threads, low_ram=False) as model, console.stages() as advance:
+    with open_engine(base, threads, low_ram) as model, console.stages() as advance:
         used = model_template(model, template)
         return add_losses(
             bank,

@@ -70,7 +70,7 @@ def command(
     base: str,
     adapters: tuple[Path, ...],
     template: str | None,
-    low_ram: bool,
+    low_ram: bool | None,
     system: str | None,
     n_ctx: int,
     threads: int,

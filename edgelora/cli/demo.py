@@ -83,7 +83,7 @@ def _before_and_after(adapter: Path, held_out: Path, threads: int) -> None:
 
     (example,) = read_dataset(held_out, limit=1).examples
     console.show(f"\nprompt: {example.prompt}")
-    with open_engine(BASE, threads, False) as model, open_context(model) as context:
+    with open_engine(BASE, threads, None) as model, open_context(model) as context:
         (tokenised,) = tokenise_examples(model, model_template(model), [example])
         for label, applied in (("before", []), ("after", [WeightedAdapter(adapter)])):
             context.apply(applied)

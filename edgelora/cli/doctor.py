@@ -55,8 +55,9 @@ def examine(base: str | None) -> dict[str, Any]:
     from edgelora.embedding_cache import cache_folder
     from edgelora.engine.native import system_info
     from edgelora.engine.threads import cpu_model
+    from edgelora.memory import available_bytes
 
-    memory = psutil.virtual_memory()
+    available = available_bytes()
     report = {
         "edgelora": __version__,
         "python": platform.python_version(),
@@ -66,14 +67,14 @@ def examine(base: str | None) -> dict[str, Any]:
             "physical_cores": psutil.cpu_count(logical=False),
             "logical_cores": psutil.cpu_count(),
         },
-        "ram": {"total_bytes": memory.total, "available_bytes": memory.available},
+        "ram": {"total_bytes": psutil.virtual_memory().total, "available_bytes": available},
         "llama_cpp": parse_flags(system_info()),
         "packages": {name: _version(name) for name in _PACKAGES},
         "folders": {"cache": str(cache_folder()), "models": str(models_folder())},
         "bases": _found_bases(),
     }
     if base is not None:
-        report["base"] = _base_report(base, memory.available)
+        report["base"] = _base_report(base, available)
     return report
 
 
@@ -118,11 +119,16 @@ def _found_bases() -> dict[str, str | None]:
 
 def _base_report(base: str, available_bytes: int) -> dict[str, Any]:
     from edgelora.bases import resolve
-    from edgelora.engine.needs import needs_of
+    from edgelora.engine.needs import needs_of, shortage
 
     path = resolve(base)
     needs = needs_of(path)
-    return {"file": str(path), **vars(needs), "verdict": needs.verdict(available_bytes)}
+    return {
+        "file": str(path),
+        **vars(needs),
+        "verdict": needs.verdict(available_bytes),
+        "low_ram": bool(shortage(path, available_bytes)),
+    }
 
 
 def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -150,6 +156,7 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("  KV cache", f"{_size(base['kv_bytes'])} at {base['n_ctx']} tokens"),
         ("  logits", f"{_size(base['logits_bytes'])} at batches of {base['n_batch']}"),
         ("  verdict", base["verdict"]),
+        ("  --low-ram", "chosen unless you say otherwise" if base["low_ram"] else "not chosen"),
     ]
 
 

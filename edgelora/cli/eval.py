@@ -59,7 +59,7 @@ def command(
     completion_key: str | None,
     limit: int | None,
     template: str | None,
-    low_ram: bool,
+    low_ram: bool | None,
     no_generate: bool,
     max_tokens: int,
     as_json: bool,

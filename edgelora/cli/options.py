@@ -23,6 +23,12 @@ base_option = click.option(
     "--base", required=True, help="A GGUF file, or the name of a base (see `edgelora doctor`)."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+low_ram_option = click.option(
+    "--low-ram/--no-low-ram",
+    default=None,
+    help="Less memory, slower: weights stay memory-mapped, contexts are small "
+    "(default: if free RAM is under 1.5 times the base).",
+)
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 type_option = click.option(
     "--type",
@@ -51,13 +57,9 @@ def data_options(command: Command, *, required: bool = True) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """--base, --template and --low-ram (`base`, `template`, `low_ram`)."""
+    """--base, --template and --low-ram (`base`, `template`, `low_ram`: None lets memory decide)."""
     for option in (
-        click.option(
-            "--low-ram",
-            is_flag=True,
-            help="Keep all weights memory-mapped: less memory, slower prompts.",
-        ),
+        low_ram_option,
         click.option("--template", help="Prompt template to use (default: the base's own)."),
         base_option,
     ):
@@ -107,7 +109,7 @@ def combine_options(command: Command) -> Command:
 
 
 @contextlib.contextmanager
-def open_engine(base: str | Path, threads: int, low_ram: bool) -> Iterator[Model]:
+def open_engine(base: str | Path, threads: int, low_ram: bool | None) -> Iterator[Model]:
     """Open the base that `--base` names for the block."""
     from edgelora.bases import resolve
     from edgelora.engine.model import ModelOptions, open_model

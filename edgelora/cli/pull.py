@@ -11,7 +11,7 @@ import click
 
 from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome
 from edgelora.cli import console
-from edgelora.cli.options import base_option, json_option, load_dataset, type_option
+from edgelora.cli.options import base_option, json_option, load_dataset, low_ram_option, type_option
 
 DEFAULT_TOP = 32
 
@@ -78,6 +78,7 @@ def base(
 @click.option("--template", help="Of org/name: the prompt template it was trained with.")
 @click.option("--name", help="Of one org/name: its name in the bank (default: the repository's).")
 @click.option("--no-signatures", is_flag=True, help="Fetch no datasets and embed nothing.")
+@low_ram_option
 @type_option
 @json_option
 @console.common_options
@@ -195,6 +196,7 @@ def _pull(
     collection: bool,
     *,
     no_signatures: bool,
+    low_ram: bool | None,
     dtype: str,
     threads: int,
     seed: int,
@@ -213,20 +215,19 @@ def _pull(
             header.path,
             n_layers=layers_for(opened, header),
             n_threads=threads,
+            low_ram=low_ram,
             seed=seed,
             warn=_warn,
             progress=shown.embedded,
         ) as embed:
             return pull_adapters(
-                opened,
-                header,
-                wanted,
+                opened, header, wanted,
                 embed=embed,
                 with_signatures=not no_signatures,
                 dtype=dtype,
                 read_data=_reader(collection),
                 listener=Listener(shown.stage, shown.file, shown.done, _warn),
-            )
+            )  # fmt: skip
 
 
 def _reader(collection: bool) -> Callable[[Path], Dataset]:

@@ -185,7 +185,7 @@ def command(**options: Any) -> None:
 
 def _settings(
     base: str,
-    low_ram: bool,
+    low_ram: bool | None,
     threads: int,
     api_key_file: Path | None,
     drain_s: float,

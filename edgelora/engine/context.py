@@ -25,6 +25,8 @@ KV_TYPES = {
     "q8_0": llama_cpp.GGML_TYPE_Q8_0,
     "q4_0": llama_cpp.GGML_TYPE_Q4_0,
 }
+_Q8_0_BLOCK = 32
+_LOW_RAM_UBATCH = 128
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,24 @@ class Context:
         n_batch: tokens that one decode takes at most.
         n_outputs: tokens of one decode whose logits may be asked for.
         n_sequences: sequences that may be alive at once.
+        kv_type: of keys and values, a key of `KV_TYPES`.
         batch: what `compute` runs.
         kept: tokens of sequence 0, as those who computed them said; [] after anything else.
     """
 
     def __init__(
-        self, model: Model, handle: Any, capture: NodeCapture | None, n_ctx: int, n_outputs: int
+        self,
+        model: Model,
+        handle: Any,
+        capture: NodeCapture | None,
+        n_ctx: int,
+        n_outputs: int,
+        kv_type: str,
     ) -> None:
         self.model = model
         self.handle = handle
         self.n_ctx = n_ctx
+        self.kv_type = kv_type
         self.n_cells: int = llama_cpp.llama_n_ctx(handle)
         self.n_batch: int = llama_cpp.llama_n_batch(handle)
         self.n_outputs = n_outputs
@@ -252,7 +262,7 @@ def open_context(
     n_sequences: int = 32,
     hidden: bool = False,
     exact: bool = False,
-    kv_type: str = "f16",
+    kv_type: str = "",
     n_cells: int = 0,
     n_ubatch: int = 0,
     n_outputs: int = 0,
@@ -266,21 +276,24 @@ def open_context(
         hidden: for `Context.hidden`, which stops before the head.
         exact: kv_type f32, for comparisons.
         kv_type: of keys and values, a key of `KV_TYPES`; with f32 there is no flash attention,
-            which rounds to F16 by itself.
+            which rounds to F16 by itself. "" is f16, or q8_0 where the model was opened with
+            low_ram and its heads are whole blocks of that type.
         n_cells: KV cells that all sequences share; 0 means n_ctx.
-        n_ubatch: tokens of one pass through the layers; 0 means n_batch.
+        n_ubatch: tokens of one pass through the layers; 0 means n_batch, with low_ram 128.
         n_outputs: tokens of one decode that may be outputs; 0 means all of them.
 
     Raises:
         EngineError: settings that this model does not allow.
     """
     n_ctx = min(n_ctx, model.n_ctx_train)
+    n_ubatch = n_ubatch or (_LOW_RAM_UBATCH if model.options.low_ram else n_batch)
     parameters = _parameters(
-        max(n_ctx, n_cells), n_batch, n_ubatch or n_batch, n_sequences, n_outputs or n_batch
+        max(n_ctx, n_cells), n_batch, n_ubatch, n_sequences, n_outputs or n_batch
     )
     threads = _threads(model)
     parameters.n_threads, parameters.n_threads_batch = threads.decode, threads.prompt
-    _set_kv_type(parameters, "f32" if exact else kv_type)
+    kv_type = "f32" if exact else kv_type or _default_kv_type(model)
+    _set_kv_type(parameters, kv_type)
     capture = NodeCapture() if hidden else None
     if capture is not None:
         parameters.cb_eval = capture.callback
@@ -289,7 +302,7 @@ def open_context(
         raise EngineError("llama.cpp could not make a context", problems=native.recent_log())
     # llama.cpp rounds cells up to 256; GPT-2 has no positions beyond those it was trained with.
     n_positions = n_ctx if n_cells else min(llama_cpp.llama_n_ctx(handle), model.n_ctx_train)
-    context = Context(model, handle, capture, n_positions, parameters.n_outputs_max)
+    context = Context(model, handle, capture, n_positions, parameters.n_outputs_max, kv_type)
     try:
         yield context
     finally:
@@ -318,6 +331,11 @@ def _parameters(
     parameters.kv_unified = True
     parameters.no_perf = True
     return parameters
+
+
+def _default_kv_type(model: Model) -> str:
+    is_blocked = model.base.head_dim % _Q8_0_BLOCK == 0
+    return "q8_0" if model.options.low_ram and is_blocked else "f16"
 
 
 def _set_kv_type(parameters: llama_cpp.llama_context_params, kv_type: str) -> None:

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from edgelora.adapters import gguf_lora
 from edgelora.adapters.base import Base, read_base
 from edgelora.engine import amx, native
 from edgelora.engine.loadable import refuse_unloadable
+from edgelora.engine.needs import shortage
 from edgelora.engine.threads import default_threads
 from edgelora.engine.tokens import Vocabulary
 from edgelora.errors import EngineError, IncompatibleAdapter, NotFound
+from edgelora.memory import available_bytes
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,14 @@ class ModelOptions:
 
     Attributes:
         n_threads: 0 means what a self-test found (edgelora.engine.threads), or one for each core.
-        low_ram: weights stay memory-mapped; llama.cpp's faster repacked copies are not made.
+        low_ram: weights stay memory-mapped: llama.cpp's faster repacked copies are not made, and
+            contexts take less (see open_context). None lets the free memory decide, with a
+            warning where it does; an open model has what was decided.
         mlock: mapped weights are locked in RAM; a warning where the system refuses.
     """
 
     n_threads: int = 0
-    low_ram: bool = False
+    low_ram: bool | None = False
     mlock: bool = False
 
     def threads(self) -> int:
@@ -143,21 +147,21 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
         InvalidFile, UnsupportedFile: the header does not describe one whole model.
         EngineError: llama.cpp refused it; its own last lines are in the message.
     """
-    options = options or ModelOptions()
     base = read_base(path)
     refuse_unloadable(base)
+    options, warnings = _decided(options or ModelOptions(), path)
     native.start()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.load_mode = (
         llama_cpp.LLAMA_LOAD_MODE_MMAP_MLOCK if options.mlock else llama_cpp.LLAMA_LOAD_MODE_MMAP
     )
-    warning = "" if options.low_ram else amx.warning()
-    parameters.use_extra_bufts = not options.low_ram and not warning
+    broken = "" if options.low_ram else amx.warning()
+    parameters.use_extra_bufts = not options.low_ram and not broken
+    warnings += [broken] if broken else []
     handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
     if not handle:
         raise EngineError(f"{path}: llama.cpp refused the model", problems=native.recent_log())
-    warnings = [warning] if warning else []
     if options.mlock:
         warnings += [line for line in native.recent_log(40) if "mlock" in line]
     model = Model(base, handle, options, tuple(warnings))
@@ -165,6 +169,14 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
         yield model
     finally:
         model.close()
+
+
+def _decided(options: ModelOptions, path: Path) -> tuple[ModelOptions, list[str]]:
+    """The options without None, and why low_ram was chosen where the free memory chose it."""
+    if options.low_ram is not None:
+        return options, []
+    reason = shortage(path, available_bytes())
+    return replace(options, low_ram=bool(reason)), [reason] if reason else []
 
 
 def resolve_weights(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:

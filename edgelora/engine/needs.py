@@ -12,6 +12,7 @@ from edgelora.gguf_file import open_gguf
 
 _PLAIN = {GGMLQuantizationType[name] for name in ("F32", "F16", "BF16")}
 _F16_BYTES, _F32_BYTES = 2, 4
+_COMFORTABLE = 1.5
 
 
 @dataclass(frozen=True)
@@ -67,4 +68,19 @@ def needs_of(path: Path, *, n_ctx: int = 4096, n_batch: int = 512) -> Needs:
         repacked_bytes=sum(t.size_bytes for t in matrices if t.ggml_type not in _PLAIN),
         kv_bytes=2 * base.n_layer * base.n_head_kv * base.head_dim * _F16_BYTES * n_ctx,
         logits_bytes=n_batch * base.n_vocab * _F32_BYTES,
+    )
+
+
+def shortage(path: Path, available_bytes: int) -> str:
+    """Why the weights of a base should stay mapped; "" where the free memory is ample.
+
+    Repacked copies may take as much as the file, and the file's pages want to stay in RAM too.
+    """
+    size_bytes = path.stat().st_size
+    if available_bytes >= _COMFORTABLE * size_bytes:
+        return ""
+    return (
+        f"{available_bytes / 1e9:.2f} GB of RAM are free, less than {_COMFORTABLE:g} times the "
+        f"{size_bytes / 1e9:.2f} GB of {path.name}: --low-ram was chosen, which takes less memory "
+        "and is slower (--no-low-ram chooses otherwise)"
     )

@@ -164,7 +164,8 @@ def _measure(
         started = time.perf_counter()
         made = _MAKERS[arm](work)
         elapsed_s = time.perf_counter() - started
-        with open_context(work.model, n_ctx=context_size(texts)) as context:
+        # Arms are judged in runs that go on from each other, whatever memory each of them had.
+        with open_context(work.model, n_ctx=context_size(texts), kv_type="f16") as context:
             found = judge(context, made.adapters, texts, test, with_answers=settings.with_answers)
         yield facts | {
             "arm": arm,

@@ -206,7 +206,7 @@ class Server:
 
         s = self.settings
         needs = needs_of(s.base, n_batch=s.n_batch)
-        mapped = needs.weights_bytes - (0 if s.low_ram else needs.repacked_bytes)
+        mapped = needs.weights_bytes - (0 if model.options.low_ram else needs.repacked_bytes)
         room = fit(
             model.base,
             needs,

@@ -81,7 +81,8 @@ class Settings:
             the free memory.
         kv_type: of the keys and values: f16, q8_0, q4_0, or f32 (no flash attention).
         cache_bytes: memory beside the KV cache for prefixes of finished requests, at most.
-        low_ram: weights stay memory-mapped; mlock: they are locked in RAM.
+        low_ram: weights stay memory-mapped (None: the free memory decides, see
+            engine.model.ModelOptions); mlock: they are locked in RAM.
         max_queue: requests that may wait; queue_timeout_s: and for how long.
         template: of the prompts; None for the base's own.
         n_threads: 0 for one for each physical core.
@@ -103,7 +104,7 @@ class Settings:
     n_batch: int = 512
     kv_type: str = "f16"
     cache_bytes: int = 256 << 20
-    low_ram: bool = False
+    low_ram: bool | None = False
     mlock: bool = False
     max_queue: int = 64
     queue_timeout_s: float = 120.0
