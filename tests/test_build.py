@@ -18,7 +18,7 @@ from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.bank import Facts, open_bank
 from edgelora.bank.records import signature_path
-from edgelora.build import Built, Listener, Options, Plan, build
+from edgelora.build import Built, Listener, Options, Plan, build, pace
 from edgelora.datasets.read import read_dataset
 from edgelora.datasets.records import Dataset, Example
 from edgelora.datasets.split import split_examples
@@ -252,6 +252,67 @@ def test_the_budget_is_kept(
     assert ear.plans[0].n_tokens <= budget
     if budget < 16_000:
         assert any("every scale and step" in message for message in built.warnings)
+
+
+def slow_machine(monkeypatch: pytest.MonkeyPatch, tokens_per_s: float) -> Options:
+    """Options for ten minutes on a machine of such a speed, as the short test finds it."""
+    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: tokens_per_s)
+    return Options(limit_s=600.0, force=True)
+
+
+def test_ten_minutes_of_a_slow_machine_are_its_budget(
+    world: World, model: Model, out: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ear = Ear()
+    built = run(model, world.bank, world.helped, out, slow_machine(monkeypatch, 10.4), ear)
+    (plan,) = ear.plans
+    assert plan.is_cut and plan.budget_tokens == 6_000 and plan.merge_s > 0
+    assert sum(decoded) == built.n_tokens <= 6_000
+    assert built.verdict is not None and len(built.verdict.table) == 3  # the best of seven
+    names = list(built.support_losses)
+    tried = [name for name in names if np.isfinite(built.support_losses[name])]
+    assert len(tried) < 3 and {row.name for row in built.verdict.table} == {*tried, *names[-2:]}
+    told = json.loads(str(open_lora(out).metadata["edgelora.provenance"]))
+    assert told["budget_tokens"] == 6_000
+
+
+def test_a_build_takes_what_it_must_and_says_how_long(
+    world: World, model: Model, out: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ear = Ear()
+    built = run(model, world.bank, world.helped, out, slow_machine(monkeypatch, 0.5), ear)
+    (plan,) = ear.plans
+    assert plan.is_cut and 300 < sum(decoded) == built.n_tokens <= plan.budget_tokens
+    assert any("at the very least: about" in message for message in built.warnings)
+    assert any("the 6 shortest of 8 examples" in message for message in built.warnings)
+    assert built.judgement is not None and built.judgement.n_examples == 6
+    least = plan.budget_tokens
+    out.unlink()
+    few = read_dataset(world.helped, limit=16)
+    crossed = run(model, world.bank, few, out, slow_machine(monkeypatch, 0.5))
+    assert crossed.judgement is not None and crossed.judgement.n_examples == 6
+    assert crossed.judgement.part == "cross-validated" and crossed.n_tokens < 2 * least
+
+
+def test_the_speed_is_measured_and_a_fast_machine_keeps_its_budget(
+    world: World, model: Model, out: Path, decoded: list[int]
+) -> None:
+    ear = Ear()
+    built = run(model, world.bank, world.helped, out, Options(limit_s=600.0), ear)
+    (plan,) = ear.plans
+    assert not plan.is_cut and plan.budget_tokens == 60_000
+    assert built.n_tokens == sum(decoded) and decoded[:2] == [16, 128]  # the test is paid for
+    assert built.verdict is not None and len(built.verdict.table) > 3
+
+
+def test_time_cuts_what_is_embedded_where_nothing_is_measured(
+    world: World, model: Model, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ear = Ear()
+    options = slow_machine(monkeypatch, 0.2)  # not one step of the budget: room for one text
+    built = run(model, world.bank, world.unanswered, out, options, ear)
+    assert ear.plans[0].is_cut and 10 < built.n_tokens <= ear.plans[0].budget_tokens < 100
+    assert any("allows to embed" in message for message in built.warnings)
 
 
 def test_a_small_budget_embeds_and_measures_less_and_says_so(

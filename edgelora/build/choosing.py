@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from edgelora.build.crossing import assign_folds, count_crossed_tokens, part_of
-from edgelora.build.proposals import count_candidates
 from edgelora.build.search import release
 from edgelora.build.trials import Trial, make_trial, score_trial
-from edgelora.build.work import Parts, Work, count_compared_tokens
+from edgelora.build.work import MOST_COMPARED, Parts, Work, count_compared, count_compared_tokens
 from edgelora.engine.context import Context
 from edgelora.engine.score import Score, TokenisedExample, count_tokens, mean_loss
 from edgelora.errors import NoImprovement
@@ -72,6 +72,22 @@ def choose(
     return Choice(trials[position], verdict, rows[position], base)
 
 
+def contenders(work: Work, trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that are worth comparing: all, or those of least loss where time is short.
+
+    Of those that there were no tokens to measure the later ones: they come from measured losses.
+    """
+    if not work.is_cut:
+        return list(trials)
+
+    def rank(i: int) -> tuple[float, int]:
+        loss = trials[i].loss
+        return (loss if math.isfinite(loss) else math.inf), -i
+
+    best = sorted(range(len(trials)), key=rank)[:MOST_COMPARED]
+    return [trials[i] for i in sorted(best)]
+
+
 def cross_score(
     context: Context,
     trial: Trial,
@@ -102,7 +118,7 @@ def _settle(work: Work, parts: Parts, examples: Sequence[TokenisedExample], n_tr
 
     For one candidate more than was foreseen, tokens are taken that its search had spared.
     """
-    n_reserved = count_candidates(work.options, bool(work.pool.signed))
+    n_reserved = count_compared(work)
     each = count_crossed_tokens(examples) if parts.is_crossed else count_tokens(examples)
     reserved = n_reserved * count_compared_tokens(parts) + count_tokens(
         parts.selection or parts.support

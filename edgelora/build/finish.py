@@ -121,7 +121,7 @@ def _account(
             if nearness and np.isfinite(nearness.distances[i])
         },
         "seed": options.seed,
-        "budget_tokens": options.budget_tokens,
+        "budget_tokens": work.budget.n_tokens,
     } | ({"calibrated on": calibration.evidence} if calibration else {})
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from edgelora.build.gradients import sampled
+from edgelora.build.pace import count_merges, measure_merge
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import (
     Measured,
@@ -90,11 +91,15 @@ def measure_adapters(
 
     Args:
         context: opened with `hidden=True`.
-        planned: told the base's speed before the others begin.
+        planned: told the speed, in tokens a second, of the first adapter (of the base, without
+            any) before the others begin.
     """
     base, tokens_per_s = measure_base(context, shown)
-    planned(tokens_per_s)
-    alone = measure_alone(context, [pool.paths[i] for i in positions], shown, progress)
+    alone = measure_alone(
+        context, [pool.paths[i] for i in positions], shown, progress, planned=planned
+    )
+    if not positions:
+        planned(tokens_per_s)
     head = head_matrix(context.model)
     return Measured(positions, losses_of(alone, head), base, alone, head)
 
@@ -147,6 +152,7 @@ def plan_unmeasured(work: Work, n_examples: int, by: str) -> Plan:
         tokens_per_s=math.nan,
         gradient=work.gradient,
         by=by,
+        is_cut=work.is_cut,
     )
 
 
@@ -201,7 +207,10 @@ def _counting(work: Work, n_texts: int) -> Callable[[int], None]:
 def _plan(
     work: Work, split: Split, n_measured: int, shown: Sequence[TokenisedExample], speed: float
 ) -> Plan:
-    n_passes = count_candidates(work.options, bool(work.pool.signed)) * TRIES_A_CANDIDATE
+    n_candidates = count_candidates(work.options, bool(work.pool.signed))
+    n_merges = count_merges(n_candidates, is_crossed=not split.selection)
+    merge_s = n_merges * measure_merge(work.pool.paths)
+    n_passes = n_candidates * TRIES_A_CANDIDATE
     n_passes += count_search_passes(work.options, len(work.pool.records))
     return Plan(
         n_support=len(split.support),
@@ -214,4 +223,6 @@ def _plan(
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=speed,
         gradient=work.gradient,
+        merge_s=merge_s,
+        is_cut=work.is_cut,
     )

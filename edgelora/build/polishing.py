@@ -110,7 +110,7 @@ def _scratch(work: Work) -> dict[str, Scalar]:
         "method": "trained",
         "sources": [],
         "seed": options.seed,
-        "budget_tokens": options.budget_tokens,
+        "budget_tokens": work.budget.n_tokens,
         "base": work.model.base.identity.id,
         "template": work.template.key,
     }

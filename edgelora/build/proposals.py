@@ -39,7 +39,9 @@ ACTIVATED = ("logo", "arrow")  # by what adapters do to activations: edgelora.bu
 WARM_STARTS = {"relinearised": "surrogate", "halving": NONE, "coordinate": "surrogate",
                "cma": "surrogate"}  # fmt: skip
 OPERATOR_NAMES = ("auto", NONE, "mixture", "surrogate", *WARM_STARTS, *OPERATORS, *ACTIVATED)
-_MIN_SHOWN = 6
+MIN_SHOWN = 6
+# Candidates of "auto" that are one adapter each: nearest and least loss.
+N_SINGLE = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +137,7 @@ def shortlist(
     k = len(pool.records)
     if pool.calibration and nearness and (k + 1) * count_tokens(shown) > n_tokens:
         k = min(k, pool.calibration.shortlists.get(nearness.distance, k))
-    while len(shown) > _MIN_SHOWN and (k + 1) * count_tokens(shown) > n_tokens:
+    while len(shown) > MIN_SHOWN and (k + 1) * count_tokens(shown) > n_tokens:
         shown.pop()
     n_measured = min(k, max(1, n_tokens // max(1, count_tokens(shown)) - 1))
     everything = np.arange(len(pool.records))
@@ -161,6 +163,7 @@ def measure_alone(
     *,
     at: Sequence[WeightedAdapter] = (),
     weight: float = 1.0,
+    planned: Callable[[float], None] = lambda tokens_per_s: None,
 ) -> list[CompletionStates]:
     """One pass for each adapter, each loaded for its own pass only.
 
@@ -168,12 +171,16 @@ def measure_alone(
         context: opened with `hidden=True`.
         progress: (adapters done, adapters in all).
         at: what is applied beside each, at `weight`.
+        planned: told the speed of the first, in tokens a second.
     """
     alone = []
     for done, path in enumerate(paths):
         progress(done, len(paths))
+        started = time.perf_counter()
         context.apply([*at, WeightedAdapter(path, weight)])
         alone.append(completion_states(context, shown))
+        if done == 0:
+            planned(count_tokens(shown) / (time.perf_counter() - started))
         context.apply([])
         context.model.unload(path)
     progress(len(paths), len(paths))

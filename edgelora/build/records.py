@@ -12,6 +12,7 @@ from edgelora.operators.arbiter import Verdict
 
 DEFAULT_BUDGET = 60_000
 GRADIENT_BUDGET = 120_000
+DEFAULT_LIMIT_S = 600.0
 REFINEMENTS = ("none", "forward", "gradient")
 DEFAULT_DISTANCE = "bures"
 CROSSED = "cross-validated"
@@ -32,6 +33,8 @@ class Options:
         polish: passes of training of the best candidate's own factors afterwards.
         budget_tokens: tokens that all forward passes together may compute; a gradient pass
             counts three.
+        limit_s: the budget is cut to what a short test says that the base computes meanwhile, so
+            that a slow machine is not busy for hours. Not with gradients or activations.
         combine, rank, dtype: see adapters.merge.merge_adapters.
         exclude: glob patterns of adapter names to leave out.
         calibrated: use the temperatures, shortlist and priors that `edgelora bank calibrate`
@@ -47,6 +50,7 @@ class Options:
     objective: str = ""
     polish: int = 0
     budget_tokens: int = DEFAULT_BUDGET
+    limit_s: float = math.inf
     combine: str = "svd"
     rank: int | str = "auto"
     dtype: str = "f16"
@@ -95,7 +99,9 @@ class Plan:
         n_shown: support examples that each of them is measured on (the shortest).
         n_tokens: estimate of all tokens that the build computes.
         by: what decides where nothing is measured: "distances", "activations" or "description".
-        tokens_per_s: speed of the base's own pass a moment ago; NaN where there is none.
+        tokens_per_s: speed of the last pass a moment ago; NaN where there is none.
+        merge_s: estimate of what combining adapters takes in all.
+        is_cut: whether the budget is that of `Options.limit_s`.
         gradient: what gradients cost; it is a part of n_tokens.
     """
 
@@ -110,15 +116,17 @@ class Plan:
     tokens_per_s: float
     gradient: GradientPlan | None = None
     by: str = "distances"
+    merge_s: float = 0.0
+    is_cut: bool = False
 
     @property
     def seconds(self) -> float:
         """The estimate converted; NaN where the speed is not known."""
         if self.gradient is None:
-            return self.n_tokens / self.tokens_per_s
+            return self.n_tokens / self.tokens_per_s + self.merge_s
         n_forward = self.n_tokens - self.gradient.n_tokens
         forward = n_forward / self.tokens_per_s if math.isfinite(self.tokens_per_s) else 0.0
-        return forward + self.gradient.n_tokens / self.gradient.tokens_per_s
+        return forward + self.merge_s + self.gradient.n_tokens / self.gradient.tokens_per_s
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
-from edgelora.build.choosing import choose
+from edgelora.build.choosing import choose, contenders
 from edgelora.build.crossing import assign_folds, is_crossed
 from edgelora.build.finish import applied, crossed_judgement, judge, keep_signature, write_trial
 from edgelora.build.forward import find_trials
 from edgelora.build.gradients import Gradients, open_gradients
 from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unmeasured
+from edgelora.build.pace import cut_embedding_to_time, cut_to_time
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
 from edgelora.build.proposals import (
@@ -149,6 +150,8 @@ def _refuse_unknown(options: Options) -> None:
 def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     split = _split(work, dataset)
     parts = tokenise_parts(work, split)
+    if not work.options.needs_gradients and work.options.operator not in ACTIVATED:
+        parts = cut_to_time(work, parts)
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
@@ -160,7 +163,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
         if activations is not None:
             trials.append(try_activated(work, context, activations, nearness, shown, folder))
         made = _take_steps(work, context, steps, nearness, shown, folder, trials)
-        choice = choose(work, context, trials, parts, shown, folder)
+        choice = choose(work, context, contenders(work, trials), parts, shown, folder)
         with publish(work.out, force=work.options.force) as temporary:
             merge = write_trial(work, choice.trial, nearness, temporary)
             judgement = judge(work, context, temporary, parts)
@@ -190,6 +193,8 @@ def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
     with ExitStack() as stack:
         activations = open_activations(work, operator, texts)
         steps = _open_steps(work, stack, texts, has_completions=False)
+        if activations is None and steps is None:
+            cut_embedding_to_time(work, texts)
         with open_context(work.model, hidden=True) as hidden:
             nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
         by = "distances" if activations is None else "activations"

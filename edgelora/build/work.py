@@ -18,6 +18,8 @@ from edgelora.engine.prepare import tokenise_examples
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import EdgeLoRAError
 
+# Of a build whose time is short, that come to the comparison with the base.
+MOST_COMPARED = 3
 UNTOUCHED, OPTIMISTIC = "untouched", "selection part, optimistic"
 
 
@@ -41,7 +43,11 @@ class Parts:
 
 @dataclass
 class Work:
-    """What every step of one build needs."""
+    """What every step of one build needs.
+
+    Attributes:
+        is_cut: whether time has cut the budget: then few candidates are compared.
+    """
 
     model: Model
     template: Template
@@ -51,6 +57,7 @@ class Work:
     out: Path
     budget: Budget
     gradient: GradientPlan | None = None
+    is_cut: bool = False
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -94,10 +101,20 @@ def reserve_comparisons(work: Work, parts: Parts) -> None:
     Raises:
         EdgeLoRAError: the budget is smaller.
     """
+    what = f"comparing {count_compared(work)} candidate(s) with the base"
+    work.spend(count_reserved_tokens(work, parts), what)
+
+
+def count_reserved_tokens(work: Work, parts: Parts) -> int:
+    """Tokens that all comparisons with the base take."""
+    n_tokens = 2 * count_tokens(parts.judged) + count_compared(work) * count_compared_tokens(parts)
+    return n_tokens + count_tokens(parts.selection or parts.support)
+
+
+def count_compared(work: Work) -> int:
+    """Candidates that are compared, at least (see proposals.count_candidates)."""
     n_candidates = count_candidates(work.options, bool(work.pool.signed))
-    n_tokens = 2 * count_tokens(parts.judged) + n_candidates * count_compared_tokens(parts)
-    n_tokens += count_tokens(parts.selection or parts.support)
-    work.spend(n_tokens, f"comparing {n_candidates} candidate(s) with the base")
+    return min(n_candidates, MOST_COMPARED) if work.is_cut else n_candidates
 
 
 def count_compared_tokens(parts: Parts) -> int:

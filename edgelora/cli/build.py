@@ -141,6 +141,7 @@ def _options(
     from edgelora.build.records import (
         DEFAULT_BUDGET,
         DEFAULT_DISTANCE,
+        DEFAULT_LIMIT_S,
         GRADIENT_BUDGET,
         REFINEMENTS,
         Options,
@@ -161,7 +162,8 @@ def _options(
         if value not in known:
             raise click.BadParameter(f"{value}; one of {', '.join(known)}", param_hint=name)
     default = GRADIENT_BUDGET if options.needs_gradients else DEFAULT_BUDGET
-    return replace(options, budget_tokens=budget or default)
+    limit_s = math.inf if budget else DEFAULT_LIMIT_S
+    return replace(options, budget_tokens=budget or default, limit_s=limit_s)
 
 
 @contextlib.contextmanager
@@ -217,6 +219,8 @@ def _show_forward_plan(plan: Plan) -> None:
             "description": "distances from the description to the mean prompts of",
         }[plan.by]
         console.say(f"plan: {decided} {plan.n_adapters} adapters; {plan.n_tokens:,} tokens at most")
+        if plan.is_cut:
+            console.say(f"      at most {plan.budget_tokens:,} tokens ({_chosen_by(plan)})")
         return
     parts = (
         f"{plan.n_support} examples to find coefficients (support), {plan.n_selection} to "
@@ -230,9 +234,18 @@ def _show_forward_plan(plan: Plan) -> None:
         f"{plan.n_shown} examples"
     )
     console.say(
-        f"      about {plan.n_tokens:,} tokens, at most {plan.budget_tokens:,} (--budget); at "
-        f"{plan.tokens_per_s:,.0f} tokens/s about {_duration(plan.seconds)}"
+        f"      about {plan.n_tokens:,} tokens, at most {plan.budget_tokens:,} "
+        f"({_chosen_by(plan)}); at {plan.tokens_per_s:,.0f} tokens/s about "
+        f"{_duration(plan.seconds)}"
     )
+
+
+def _chosen_by(plan: Plan) -> str:
+    if not plan.is_cut:
+        return "--budget"
+    from edgelora.build.records import DEFAULT_LIMIT_S
+
+    return f"what {DEFAULT_LIMIT_S / 60:.0f} min allow here; --budget allows more"
 
 
 def _show(built: Built) -> None:

@@ -1,0 +1,168 @@
+"""How fast this machine builds, by two short tests, and the budget that a time allows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgelora.adapters.combine import COMBINATIONS
+from edgelora.adapters.gguf_lora import open_loras
+from edgelora.adapters.merge import one_blas_thread
+from edgelora.adapters.terms import terms_of
+from edgelora.build.crossing import N_FOLDS
+from edgelora.build.proposals import MIN_SHOWN, N_SINGLE
+from edgelora.build.search import N_LINEARISATIONS, release
+from edgelora.build.trials import Budget
+from edgelora.build.work import Parts, Work, count_reserved_tokens
+from edgelora.engine.context import Row, open_context
+from edgelora.engine.model import WeightedAdapter
+from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.errors import InvalidFile
+
+_N_WARM, _N_TIMED = 16, 128
+_SHARE_FOR_COMPARISONS = 0.5
+_LEAST_COMPARED = 6
+_STEP = 500
+
+
+def cut_to_time(work: Work, parts: Parts) -> Parts:
+    """Give the build the budget that its time allows, where that is less than it has.
+
+    Half of it is for the comparisons: so many of the longest examples leave them, and no more than
+    three candidates come so far (see Work). A build that needs more than its time at the very
+    least takes that, with a warning.
+
+    Returns:
+        The parts with the examples that stay.
+    """
+    limit_s = work.options.limit_s
+    if not math.isfinite(limit_s):
+        return parts
+    speed = _measure_speed(work, parts.support)
+    allowed = _rounded(speed * limit_s)
+    if allowed >= work.budget.n_tokens:
+        return parts
+    work.is_cut = True
+    fitted = _shortened(work, parts, int(_SHARE_FOR_COMPARISONS * allowed))
+    least = _count_least_tokens(work, fitted)
+    _set_budget(work, max(allowed, least))
+    if least > allowed:
+        work.warn(
+            f"at {speed:,.0f} tokens/s {limit_s / 60:.0f} min are {allowed:,} tokens, and this "
+            f"build takes {least:,} at the very least: about {least / speed / 60:.0f} min"
+        )
+    return fitted
+
+
+def cut_embedding_to_time(work: Work, texts: Sequence[TokenisedExample]) -> None:
+    """The same for a build that only embeds: what is cut is the number of examples."""
+    if not math.isfinite(work.options.limit_s):
+        return
+    allowed = _rounded(_measure_speed(work, texts) * work.options.limit_s)
+    least = work.budget.n_used + max(text.n_tokens for text in texts)
+    if allowed < work.budget.n_tokens:
+        work.is_cut = True
+        _set_budget(work, max(allowed, least))
+
+
+def measure_merge(paths: Sequence[Path]) -> float:
+    """Seconds that one combination of all these adapters takes, from a tensor of each shape."""
+    files = open_loras(paths)
+    shapes: dict[tuple[int, int], list[str]] = {}
+    for name, planned in {n: p for file in files for n, p in file.plan.items()}.items():
+        shapes.setdefault((planned.n_out, planned.n_in), []).append(name)
+    even, seconds = np.full(len(files), 1.0 / len(files)), 0.0
+    with one_blas_thread():
+        for names in shapes.values():
+            started = time.perf_counter()
+            with contextlib.suppress(InvalidFile):  # told with its name by what uses the adapter
+                COMBINATIONS["svd"].make(terms_of(names[0], files, even, 1.0), None)
+            seconds += len(names) * (time.perf_counter() - started)
+    return seconds
+
+
+def count_merges(n_candidates: int, is_crossed: bool) -> int:
+    """About how many combinations a build makes: of candidates, of steps from the best, its own."""
+    n_trials = max(0, n_candidates - N_SINGLE) + N_LINEARISATIONS - 1
+    return 1 + n_trials * (1 + N_FOLDS * is_crossed)
+
+
+def _measure_speed(work: Work, texts: Sequence[TokenisedExample]) -> float:
+    """Tokens a second of one batch under an adapter, once the weights have been touched."""
+    ids = [token for text in texts for token in (*text.prompt, *text.completion)]
+    adapter = work.pool.paths[0]
+    with open_context(work.model) as context:
+        n = min(_N_TIMED, context.n_batch, context.n_ctx)
+        rows = [Row(ids[i % len(ids)], i, 0, output=i == n - 1) for i in range(n)]
+        warm = [replace(row, output=False) for row in rows[:_N_WARM]]
+        work.spend(len(rows) + len(warm), "a test of speed")
+        context.apply([WeightedAdapter(adapter)])
+        context.decode(warm)
+        context.clear()
+        started = time.perf_counter()
+        context.decode(rows)
+        elapsed_s = time.perf_counter() - started
+        release(context, adapter)
+    return n / elapsed_s
+
+
+def _rounded(n_tokens: float) -> int:
+    """Down to whole steps, so that a little noise in the speed often changes nothing."""
+    return int(n_tokens // _STEP) * _STEP
+
+
+def _set_budget(work: Work, n_tokens: int) -> None:
+    """Another budget; what was used stays used."""
+    used = work.budget.n_used
+    work.budget = Budget(n_tokens)
+    work.budget.n_used = used
+
+
+def _shortened(work: Work, parts: Parts, n_tokens: int) -> Parts:
+    """The parts without their longest examples, until comparing takes `n_tokens`, or few are left.
+
+    Support stays whole where it is not what is compared: the shortest of it are used anyway.
+    """
+    fitted = parts
+    while count_reserved_tokens(work, fitted) > n_tokens:
+        longest = max(len(fitted.selection), len(fitted.judged))
+        if longest <= _LEAST_COMPARED:
+            break
+        fitted = _without_longest(fitted)
+    n_left = len(parts.judged) - len(fitted.judged)
+    if n_left:
+        work.warn(
+            f"candidates are compared on the {len(fitted.judged)} shortest of "
+            f"{len(parts.judged)} examples: more would not fit the time (--budget)"
+        )
+    return fitted
+
+
+def _without_longest(parts: Parts) -> Parts:
+    """The longest examples leave each part that is compared on and has more than enough."""
+    judged = _cut(parts.judged)
+    if parts.is_crossed:
+        return replace(parts, support=judged, judged=judged)
+    same = parts.selection is parts.judged
+    return replace(parts, selection=judged if same else _cut(parts.selection), judged=judged)
+
+
+def _cut(examples: list[TokenisedExample]) -> list[TokenisedExample]:
+    """Without a tenth of them, in their order."""
+    n_kept = max(_LEAST_COMPARED, len(examples) - max(1, len(examples) // 10))
+    order = sorted(range(len(examples)), key=lambda i: examples[i].n_tokens)
+    return [examples[i] for i in sorted(order[:n_kept])]
+
+
+def _count_least_tokens(work: Work, parts: Parts) -> int:
+    """What embedding one example, measuring one adapter and the comparisons take."""
+    shortest = sorted(parts.support, key=lambda example: example.n_tokens)[:MIN_SHOWN]
+    measured = 2 * count_tokens(shortest)
+    embedded = max(example.n_tokens for example in parts.support)
+    return work.budget.n_used + count_reserved_tokens(work, parts) + 2 * measured + embedded
