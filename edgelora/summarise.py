@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -99,6 +100,28 @@ def count_embedded_tokens(model: Model, examples: Sequence[Example]) -> int:
         for part in (prompts, completions)
         for text in part
     )
+
+
+def affordable_examples(
+    model: Model,
+    examples: Sequence[Example],
+    n_tokens: int,
+    *,
+    n_wanted: int = DEFAULT_N_EMBEDDED,
+    cost_of_token: float = 1.0,
+    seed: int = 0,
+) -> tuple[int, int]:
+    """The largest sample, at least 1 of those there are, that `n_tokens` can embed, and its cost.
+
+    What the cache holds is counted too: else a second run would see more than the first.
+    """
+    n = cost = 0
+    for n in range(min(n_wanted, len(examples)), 0, -1):
+        sample = sample_examples(examples, n, seed)
+        cost = math.ceil(count_embedded_tokens(model, sample) * cost_of_token)
+        if cost <= n_tokens:
+            break
+    return n, cost
 
 
 def summarise_text(

@@ -200,3 +200,25 @@ def test_signatures_are_made_with_little_memory_where_it_is_short(
     assert done.exit_code == 0 and "--low-ram was chosen" in done.stderr
     other = edgelora(*line[:4], tmp_path / "other", *line[5:], "--no-low-ram")
     assert other.exit_code == 0 and other.stderr == ""
+
+
+def test_a_slow_machine_embeds_fewer_examples_and_says_so(
+    tmp_path: Path, base_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = task(tmp_path, "one", 1)
+    line = ["bank", "add", folder, "--name", "one", "--base", base_path, "--threads", 1, "-q",
+            "--data", tmp_path / "one" / "train.jsonl"]  # fmt: skip
+    base_id = read_base(base_path).identity.id
+
+    def embedded(name: str, *words: object) -> tuple[int, str]:
+        done = edgelora(*line, "--bank", tmp_path / name, *words)
+        assert done.exit_code == 0, done.output
+        return open_bank(tmp_path / name).signature("one", base_id).prompt.n, done.stderr
+
+    assert embedded("measured") == (6, "")
+    monkeypatch.setattr("edgelora.engine.embed.measure_speed", lambda context, n_layers: 0.2)
+    n, said = embedded("slow")
+    assert n in (1, 2, 3, 4) and f"{n} of 6 examples are embedded" in said
+    assert "--embed 6 takes them all" in said
+    assert embedded("all", "--embed", 6) == (6, "")
+    assert embedded("two", "--embed", 2) == (2, "")

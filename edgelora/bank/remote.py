@@ -37,6 +37,7 @@ def open_remote_embedder(
     n_threads: int = 0,
     low_ram: bool | None = False,
     seed: int = 0,
+    n_embedded: int = 0,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Embed, Each]]:
     """Yield what `add_many` takes as `embed` and `each`; every worker is looked at first.
@@ -45,12 +46,13 @@ def open_remote_embedder(
         scheduler: its address, e.g. `tcp://host:8786`.
         n_layers: see bank.embedding.layers_for.
         n_threads: of each worker; 0 means all physical cores of its machine.
+        n_embedded: see bank.embedding.open_embedder; time cuts nothing on workers.
         low_ram: see engine.model.ModelOptions; None lets each worker's memory decide.
 
     Raises:
         ClusterError: no scheduler, no worker, or one without the same EdgeLoRA and base.
     """
-    embed = RemoteEmbed.of(base, n_threads, seed, n_layers, low_ram)
+    embed = RemoteEmbed.of(base, n_threads, seed, n_layers, low_ram, n_embedded)
     with open_cluster(scheduler, warn) as cluster:
         cluster.check(embed.check)
         yield embed, cluster.each
@@ -74,6 +76,7 @@ class RemoteEmbed:
     seed: int
     n_layers: int = 0
     low_ram: bool | None = False
+    n_embedded: int = 0
     version: str = __version__
     embedding: str = embedding_name()
 
@@ -85,6 +88,7 @@ class RemoteEmbed:
         seed: int,
         n_layers: int = 0,
         low_ram: bool | None = False,
+        n_embedded: int = 0,
     ) -> RemoteEmbed:
         """For a base of this machine."""
         return cls(
@@ -95,6 +99,7 @@ class RemoteEmbed:
             seed,
             n_layers,
             low_ram,
+            n_embedded,
             embedding=embedding_name(n_layers),
         )
 
@@ -170,6 +175,7 @@ class _Desk:
                 n_layers=how.n_layers,
                 n_threads=how.n_threads,
                 low_ram=how.low_ram,
+                n_embedded=how.n_embedded,
                 seed=how.seed,
                 warn=self._warnings.append,
             )

@@ -32,7 +32,7 @@ from edgelora.engine.context import Context, open_context
 from edgelora.engine.hidden import head_matrix
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import EngineError
-from edgelora.summarise import DEFAULT_N_EMBEDDED, count_embedded_tokens, sample_examples
+from edgelora.summarise import DEFAULT_N_EMBEDDED, affordable_examples
 
 _SHARE_FOR_EMBEDDING = 0.4
 SHARE_FOR_ADAPTERS = 0.65
@@ -109,9 +109,6 @@ def embed_and_compare(
 ) -> Nearness | None:
     """Distances from as many examples as `share` of the tokens left can embed.
 
-    What the cache holds is paid for too: else a second run would see more adapters than the
-    first, and write other bytes.
-
     Args:
         context: opened with `hidden=True`.
 
@@ -121,7 +118,13 @@ def embed_and_compare(
     if not work.pool.signed:
         return None
     n_wanted = min(len(examples), DEFAULT_N_EMBEDDED)
-    n, cost = _affordable(work, examples, n_wanted, int(share * work.budget.left))
+    n, cost = affordable_examples(
+        work.model,
+        examples,
+        int(share * work.budget.left),
+        cost_of_token=_share_of_layers(work),
+        seed=work.options.seed,
+    )
     work.spend(cost, f"embedding {n} example(s)")
     if n < n_wanted:
         work.warn(f"the budget allows to embed {n} examples of {n_wanted}: distances are coarser")
@@ -154,18 +157,6 @@ def plan_unmeasured(work: Work, n_examples: int, by: str) -> Plan:
         by=by,
         is_cut=work.is_cut,
     )
-
-
-def _affordable(
-    work: Work, examples: Sequence[Example], n_wanted: int, n_tokens: int
-) -> tuple[int, int]:
-    """The largest sample, at least 1, that `n_tokens` can embed, and what it takes."""
-    for n in range(n_wanted, 0, -1):
-        sample = sample_examples(examples, n, work.options.seed)
-        cost = math.ceil(count_embedded_tokens(work.model, sample) * _share_of_layers(work))
-        if cost <= n_tokens:
-            break
-    return n, cost
 
 
 def _share_of_layers(work: Work) -> float:

@@ -27,7 +27,7 @@ from edgelora.bank.store import with_template
 from edgelora.cli import console
 from edgelora.cli.bank_evaluation import evaluate
 from edgelora.cli.calibrate import calibrate, calibration_facts
-from edgelora.cli.options import low_ram_option, to_layers
+from edgelora.cli.options import embed_option, low_ram_option, to_layers
 from edgelora.cli.signatures import signatures
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ command.add_command(evaluate)
     callback=to_layers,
     help="Layers of the base that embed the data (default: as the bank's signatures; all).",
 )
+@embed_option
 @low_ram_option
 @json_option
 @console.common_options
@@ -98,7 +99,9 @@ def add(
     if data and data_glob:
         raise click.UsageError("--data and --data-glob exclude each other.")
     globs = {"data_glob": data_glob, "card_glob": options.pop("card_glob")}
-    outcomes = _add(folders, bank_path, base, {"data": data, "name": name, **globs}, **options)
+    how = {key: options.pop(key) for key in ("n_layers", "n_embedded", "low_ram", "seed")}
+    how["n_threads"] = options.pop("threads")
+    outcomes = _add(folders, bank_path, base, {"data": data, "name": name, **globs}, how, **options)
     if as_json:
         console.show_json([{**vars(o), "folder": str(o.folder)} for o in outcomes])
     else:
@@ -111,15 +114,12 @@ def _add(
     bank_path: Path,
     base_name: str,
     places: dict[str, Any],
+    how: dict[str, Any],
     *,
     prompt_key: str | None,
     completion_key: str | None,
     dtype: str,
     scheduler: str | None,
-    n_layers: int | None,
-    low_ram: bool | None,
-    threads: int,
-    seed: int,
     **facts: str | None,
 ) -> list[Outcome]:
     from edgelora.adapters.base import read_base
@@ -134,8 +134,7 @@ def _add(
     requests, refused = make_requests(folders, facts=given, **places)
     bank = open_bank(bank_path, create=True)
     read = functools.partial(read_dataset, prompt_key=prompt_key, completion_key=completion_key)
-    n_layers = layers_for(bank, base, n_layers)
-    how = {"n_layers": n_layers, "n_threads": threads, "low_ram": low_ram, "seed": seed}
+    how["n_layers"] = layers_for(bank, base, how["n_layers"])
     with (
         _open_embedder(base, scheduler, how) as (embed, each),
         console.progress("adding adapters", len(requests)) as advance,
@@ -151,7 +150,7 @@ def _open_embedder(
     base: Base, scheduler: str | None, how: dict[str, Any]
 ) -> Iterator[tuple[Embed, Each]]:
     """How data is embedded: here, or on the workers of a scheduler."""
-    from edgelora.bank.embedding import open_embedder
+    from edgelora.bank.embedding import DEFAULT_LIMIT_S, open_embedder
     from edgelora.bank.remote import open_remote_embedder
     from edgelora.hub.offline import require_network
 
@@ -159,7 +158,7 @@ def _open_embedder(
         console.warn(console.safe(text))
 
     if scheduler is None:
-        with open_embedder(base.path, **how, warn=warn) as embed:
+        with open_embedder(base.path, **how, limit_s=DEFAULT_LIMIT_S, warn=warn) as embed:
             yield embed, one_by_one
         return
     require_network("--scheduler")

@@ -29,6 +29,13 @@ low_ram_option = click.option(
     help="Less memory, slower: weights stay memory-mapped, contexts are small "
     "(default: if free RAM is under 1.5 times the base).",
 )
+embed_option = click.option(
+    "--embed",
+    "n_embedded",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Examples of a dataset to embed; 0: 64, or as many as three minutes allow.",
+)
 force_option = click.option("--force", is_flag=True, help="Overwrite an existing output.")
 type_option = click.option(
     "--type",

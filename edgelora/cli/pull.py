@@ -11,7 +11,14 @@ import click
 
 from edgelora.bank.adding import ADDED, ALREADY_THERE, REFUSED, SIGNED, Outcome
 from edgelora.cli import console
-from edgelora.cli.options import base_option, json_option, load_dataset, low_ram_option, type_option
+from edgelora.cli.options import (
+    base_option,
+    embed_option,
+    json_option,
+    load_dataset,
+    low_ram_option,
+    type_option,
+)
 
 DEFAULT_TOP = 32
 
@@ -78,6 +85,7 @@ def base(
 @click.option("--template", help="Of org/name: the prompt template it was trained with.")
 @click.option("--name", help="Of one org/name: its name in the bank (default: the repository's).")
 @click.option("--no-signatures", is_flag=True, help="Fetch no datasets and embed nothing.")
+@embed_option
 @low_ram_option
 @type_option
 @json_option
@@ -196,14 +204,13 @@ def _pull(
     collection: bool,
     *,
     no_signatures: bool,
-    low_ram: bool | None,
     dtype: str,
     threads: int,
-    seed: int,
+    **how: Any,
 ) -> Pulled:
     from edgelora.adapters.base import read_base
     from edgelora.bank import open_bank
-    from edgelora.bank.embedding import layers_for, open_embedder
+    from edgelora.bank.embedding import DEFAULT_LIMIT_S, layers_for, open_embedder
     from edgelora.bases import resolve
     from edgelora.pull.adapters import Listener, pull_adapters
 
@@ -215,8 +222,8 @@ def _pull(
             header.path,
             n_layers=layers_for(opened, header),
             n_threads=threads,
-            low_ram=low_ram,
-            seed=seed,
+            **how,
+            limit_s=DEFAULT_LIMIT_S,
             warn=_warn,
             progress=shown.embedded,
         ) as embed:

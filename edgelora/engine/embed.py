@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from edgelora.engine.context import Context, Row
 
 WINDOW = 512
 EPSILON = np.float32(1e-6)
+_N_WARM, _N_TIMED = 16, 128
 
 
 def embed(
@@ -39,6 +41,19 @@ def embed(
             next(steps)
         except StopIteration as end:
             return np.asarray(end.value)
+
+
+def measure_speed(context: Context, n_layers: int = 0) -> float:
+    """Tokens a second of embedding one text, once the weights have been touched.
+
+    Args:
+        context, n_layers: see `embed`.
+    """
+    ids = [i % context.model.vocabulary.n_tokens for i in range(min(_N_TIMED, context.n_batch))]
+    embed(context, [ids[:_N_WARM]], n_layers)
+    started = time.perf_counter()
+    embed(context, [ids], n_layers)
+    return len(ids) / (time.perf_counter() - started)
 
 
 def embed_in_steps(
