@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import builds
 import pico
 import pytest
+from builds import World
 
 from edgelora.adapters.base import Base, read_base
+from edgelora.engine.model import Model, open_model
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +24,17 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Base:
     """A pico llama base with a head of its own."""
     path = tmp_path_factory.mktemp("untied") / "b.gguf"
     return read_base(pico.write_base(path, "llama", tied=False))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A pico base, a bank for it and datasets, with a cache of their own."""
+    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
+        yield world
+
+
+@pytest.fixture(scope="module")
+def model(world: World) -> Iterator[Model]:
+    """The base of `world`, open."""
+    with open_model(world.base, builds.ONE_THREAD) as model:
+        yield model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,18 +37,6 @@ from edgelora.errors import (
 from edgelora.signature import from_bytes
 
 FORCED = Options(force=True)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def model(world: World) -> Iterator[Model]:
-    with open_model(world.base, builds.ONE_THREAD) as model:
-        yield model
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,6 @@ SHORT = Options(refine="gradient", passes=2, budget_tokens=10**6)
 SCRATCH = Options(operator="none", polish=3, budget_tokens=10**6, rank=4)
 ON_COEFFICIENTS = "gradient steps on coefficients, tokens"
 ON_FACTORS = "gradient steps on factors, tokens"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def model(world: World) -> Iterator[Model]:
-    with open_model(world.base, builds.ONE_THREAD) as model:
-        yield model
 
 
 @pytest.fixture(autouse=True)

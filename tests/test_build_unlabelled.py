@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +34,6 @@ from edgelora.gradient.decoder import open_decoder
 from edgelora.operators.heads import softmin
 
 N_TASKS = 10
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def model(world: World) -> Iterator[Model]:
-    with open_model(world.base, builds.ONE_THREAD) as model:
-        yield model
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import builds
@@ -18,12 +17,6 @@ from cli_runner import posix_only, run
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.build.proposals import OPERATOR_NAMES
 from edgelora.cli import demo
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import builds
 import numpy as np
 import pico
 import pytest
@@ -28,7 +26,7 @@ from edgelora.build.trials import Budget, Trial, least_loss, score_trial
 from edgelora.datasets.read import read_dataset
 from edgelora.engine.context import open_context
 from edgelora.engine.hidden import head_matrix
-from edgelora.engine.model import Model, WeightedAdapter, open_model
+from edgelora.engine.model import Model, WeightedAdapter
 from edgelora.engine.prepare import model_template, tokenise_examples
 from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, score
 from edgelora.errors import EdgeLoRAError
@@ -39,18 +37,6 @@ from edgelora.operators import surrogate
 from edgelora.operators.searches import Spent
 
 ENOUGH = 10**6
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
-
-
-@pytest.fixture(scope="module")
-def model(world: World) -> Iterator[Model]:
-    with open_model(world.base, builds.ONE_THREAD) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import builds
 import numpy as np
 import pico
 import pytest
@@ -23,12 +21,6 @@ from edgelora.adapters.recipe import read_recipe
 from edgelora.bank import open_bank
 from edgelora.build.repeat import relative_difference
 from edgelora.errors import InvalidFile
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    with builds.own_world(tmp_path_factory.mktemp("world")) as world:
-        yield world
 
 
 @pytest.fixture(autouse=True)

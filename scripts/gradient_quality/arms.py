@@ -290,7 +290,7 @@ def parse_arm(name: str) -> Arm:
         0.1
     """
     head, *words = name.split()
-    settings = {key: _value(text) for key, _, text in (word.partition("=") for word in words)}
+    settings = {key: value_of(text) for key, _, text in (word.partition("=") for word in words)}
     kind, _, n = head.partition("-")
     if head in _PLAIN and not settings:
         return _PLAIN[head]
@@ -314,7 +314,8 @@ def parse_arm(name: str) -> Arm:
     return partial(make_gradient, **passes, **settings)
 
 
-def _value(text: str) -> int | float | str:
+def value_of(text: str) -> int | float | str:
+    """A setting as it stands in the name of an arm: a number where it is one."""
     for kind in (int, float):
         try:
             return kind(text)

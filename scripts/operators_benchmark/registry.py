@@ -148,13 +148,4 @@ def expand(names: Iterable[str]) -> list[Arm]:
 
 def _settings(words: Iterable[str]) -> Mapping[str, Any]:
     pairs = (word.partition("=") for word in words)
-    return {key: _value(text) for key, _, text in pairs}
-
-
-def _value(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    return {key: gradient_arms.value_of(text) for key, _, text in pairs}
