@@ -289,7 +289,12 @@ def test_the_speed_is_measured_and_a_fast_machine_keeps_its_budget(
     built = run(model, world.bank, world.helped, out, Options(limit_s=600.0), ear)
     (plan,) = ear.plans
     assert not plan.is_cut and plan.budget_tokens == 60_000
-    assert built.n_tokens == sum(decoded) and decoded[:2] == [16, 128]  # the test is paid for
+    assert built.n_tokens == sum(decoded) and decoded[:4] == [
+        16,
+        64,
+        64,
+        64,
+    ]  # the test is paid for
     assert built.verdict is not None and len(built.verdict.table) > 3
 
 

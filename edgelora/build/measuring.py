@@ -25,7 +25,7 @@ from edgelora.build.proposals import (
 from edgelora.build.records import Plan
 from edgelora.build.search import count_search_passes
 from edgelora.build.trials import TRIES_A_CANDIDATE
-from edgelora.build.work import Parts, Work
+from edgelora.build.work import UNTOUCHED, Parts, Work
 from edgelora.datasets.records import Example
 from edgelora.datasets.split import Split
 from edgelora.engine.context import Context, open_context
@@ -70,7 +70,7 @@ def measure_parts(
             positions,
             shown,
             planned=lambda speed: work.listener.plan(
-                _plan(work, split, len(positions), shown, speed)
+                _plan(work, parts, len(positions), shown, speed)
             ),
             progress=partial(work.listener.progress, "measuring adapters"),
         )
@@ -196,17 +196,17 @@ def _counting(work: Work, n_texts: int) -> Callable[[int], None]:
 
 
 def _plan(
-    work: Work, split: Split, n_measured: int, shown: Sequence[TokenisedExample], speed: float
+    work: Work, parts: Parts, n_measured: int, shown: Sequence[TokenisedExample], speed: float
 ) -> Plan:
     n_candidates = count_candidates(work.options, bool(work.pool.signed))
-    n_merges = count_merges(n_candidates, is_crossed=not split.selection)
+    n_merges = count_merges(n_candidates, parts.is_crossed)
     merge_s = n_merges * measure_merge(work.pool.paths)
     n_passes = n_candidates * TRIES_A_CANDIDATE
     n_passes += count_search_passes(work.options, len(work.pool.records))
     return Plan(
-        n_support=len(split.support),
-        n_selection=len(split.selection),
-        n_untouched=len(split.untouched),
+        n_support=len(parts.support),
+        n_selection=len(parts.selection),
+        n_untouched=len(parts.judged) if parts.part == UNTOUCHED else 0,
         n_adapters=len(work.pool.records),
         n_measured=n_measured,
         n_shown=len(shown),
