@@ -78,7 +78,8 @@ def run_task(task: str, adapters: dict[str, Path], arguments: argparse.Namespace
         data.write_text("\n".join(chosen) + "\n", encoding="utf-8")
         built = run_edgelora(
             "build", "--base", arguments.base, "--bank", str(arguments.bank), "--data", str(data),
-            "-o", str(out), "--seed", str(arguments.seed), *excluded, *arguments.build_option,
+            "-o", str(out), "--seed", str(arguments.seed), "--anew", *excluded,
+            *arguments.build_option,
         )  # fmt: skip
         evaluated = run_edgelora(
             "eval", "--base", arguments.base, "--adapter", str(out),

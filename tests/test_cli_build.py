@@ -7,16 +7,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import builds
+import numpy as np
 import pytest
 from builds import World
 from cli_runner import posix_only, run
 
 from edgelora.adapters.gguf_lora import open_lora
+from edgelora.build.earlier import BUILDS
 from edgelora.build.proposals import OPERATOR_NAMES
 from edgelora.cli import demo
+from edgelora.engine.context import Context, Row
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +72,49 @@ def test_json_is_all_of_stdout(world: World, tmp_path: Path) -> None:
     low, mid, high = told["judged"]["adapter_vs_base"]
     assert low <= mid <= high < 0
     assert result.stderr.count("warning:") == len(told["warnings"]) and "plan:" not in result.stderr
+
+
+def test_a_repeated_build_begins_at_the_merge(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = tmp_path / "a" / "x.gguf", tmp_path / "b" / "x.gguf"
+    for out in (first, again):
+        out.parent.mkdir()
+    told = json.loads(run(*words(world, world.helped, first, "--json", "-q")).stdout)
+    decoded: list[int] = []
+    real = Context.decode
+
+    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
+        decoded.append(len(rows))
+        return real(context, rows)
+
+    monkeypatch.setattr(Context, "decode", counting)
+    result = run(*words(world, world.helped, again, "--json"))
+    assert "begins at the merge" in result.stderr and not decoded
+    repeated = json.loads(result.stdout)
+    own = ("out", "n_tokens", "elapsed_s", "peak_memory")
+    assert {k: v for k, v in repeated.items() if k not in own} == {
+        k: v for k, v in told.items() if k not in own
+    }
+    assert repeated["n_tokens"] == 0 and again.read_bytes() == first.read_bytes()
+    for one, other in zip(
+        sorted(first.parent.iterdir()), sorted(again.parent.iterdir()), strict=True
+    ):
+        assert one.read_bytes() == other.read_bytes()  # the signature of the examples too
+
+    run(*words(world, world.helped, again, "--force", "-q", "--anew"))
+    assert decoded and again.read_bytes() == first.read_bytes()
+    decoded.clear()
+    # Other choices, other lines, another bank and a damaged record are other builds.
+    for more in (("--seed", 1), ("--exclude", "adapter3"), ("--budget", 50_000)):
+        run(*words(world, world.helped, again, "--force", "-q", *more))
+        assert decoded
+        decoded.clear()
+    assert run("cache", "ls").stderr.count("ends of builds: ") == 1
+    for file in BUILDS.files():
+        file.path.write_text('{"chosen": "mean"}')
+    run(*words(world, world.helped, again, "--force", "-q"))
+    assert decoded and again.read_bytes() == first.read_bytes()
 
 
 def test_exit_codes_say_what_happened(world: World, tmp_path: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgelora.bank import Bank
-from edgelora.build.finish import applied, keep_signature, write_combination
+from edgelora.build.finish import applied, keep_signature, make_built, write_combination
 from edgelora.build.measuring import plan_unmeasured
 from edgelora.build.proposals import ACTIVATED, NONE, ON_LOSSES, Nearness, compare, propose
 from edgelora.build.records import Built, Listener, Options
-from edgelora.build.run import folder_beside, make_built, open_work
+from edgelora.build.run import folder_beside, open_work
 from edgelora.build.trials import Trial, settled
 from edgelora.build.work import Work
 from edgelora.datasets.template import Template

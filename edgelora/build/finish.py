@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,8 @@ from edgelora.adapters.merge import (
     merge_adapters,
 )
 from edgelora.bank.records import signature_path
-from edgelora.build.proposals import Nearness
-from edgelora.build.records import CROSSED, Judgement, count_steps
+from edgelora.build.proposals import Measured, Nearness
+from edgelora.build.records import CROSSED, Built, Judgement, count_steps
 from edgelora.build.trials import Trial
 from edgelora.build.work import Parts, Work
 from edgelora.engine.context import Context
@@ -190,3 +191,37 @@ def applied(context: Context, path: Path) -> Iterator[None]:
     finally:
         context.apply([])
         context.model.unload(path)
+
+
+def make_built(
+    work: Work,
+    trial: Trial,
+    nearness: Nearness | None,
+    measured: Measured | None,
+    support_losses: dict[str, float],
+    merge: MergeReport | None,
+) -> Built:
+    """The account of a finished build; warnings of the merge are told."""
+    names, candidate = work.pool.names, trial.candidate
+    for message in merge.warnings if merge else ():
+        if message not in work.warnings:  # an earlier build may have told it
+            work.warn(message)
+    distances = nearness.distances if nearness else np.full(len(names), np.inf)
+    alone = zip(measured.positions, measured.losses, strict=True) if measured else ()
+    return Built(
+        out=work.out,
+        chosen=candidate.name,
+        coefficients={
+            names[i]: float(candidate.coefficients[i] * candidate.scale)
+            for i in np.flatnonzero(candidate.coefficients)
+        },
+        distances={n: float(d) for n, d in zip(names, distances, strict=True) if np.isfinite(d)},
+        losses_alone={names[i]: float(loss) for i, loss in alone},
+        support_losses=support_losses,
+        verdict=None,
+        judgement=None,
+        merge=merge,
+        n_tokens=work.budget.n_used,
+        elapsed_s=time.monotonic() - work.started,
+        warnings=tuple(work.warnings),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -157,6 +158,12 @@ def plan_unmeasured(work: Work, n_examples: int, by: str) -> Plan:
         by=by,
         is_cut=work.is_cut,
     )
+
+
+def plan_repeated(work: Work) -> Plan:
+    """The plan of a build that an earlier one has measured: it only combines."""
+    plan = plan_unmeasured(work, 0, "an earlier build")
+    return replace(plan, merge_s=measure_merge(work.pool.paths))
 
 
 def _share_of_layers(work: Work) -> float:

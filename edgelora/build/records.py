@@ -39,6 +39,8 @@ class Options:
         exclude: glob patterns of adapter names to leave out.
         calibrated: use the temperatures, shortlist and priors that `edgelora bank calibrate`
             fitted on the bank, where it did.
+        reuse: keep what the build finds in the cache folder, and start at the merge where an equal
+            build has been measured on this machine.
         force: overwrite the output, and write the best candidate even if the base is better.
     """
 
@@ -57,6 +59,7 @@ class Options:
     seed: int = 0
     exclude: tuple[str, ...] = ()
     calibrated: bool = True
+    reuse: bool = False
     force: bool = False
 
     @property
@@ -98,7 +101,8 @@ class Plan:
         n_measured: adapters whose loss is measured, of the `n_adapters` that fit the base.
         n_shown: support examples that each of them is measured on (the shortest).
         n_tokens: estimate of all tokens that the build computes.
-        by: what decides where nothing is measured: "distances", "activations" or "description".
+        by: what decides where nothing is measured: "distances", "activations",
+            "description" or "an earlier build".
         tokens_per_s: speed of the last pass a moment ago; NaN where there is none.
         merge_s: estimate of what combining adapters takes in all.
         is_cut: whether the budget is that of `Options.limit_s`.

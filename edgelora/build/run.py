@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -11,15 +10,26 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.adapters.merge import MergeReport
 from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
 from edgelora.build.choosing import choose, contenders
 from edgelora.build.crossing import assign_folds, is_crossed
-from edgelora.build.finish import applied, crossed_judgement, judge, keep_signature, write_trial
+from edgelora.build.earlier import build_again, recall, remember
+from edgelora.build.finish import (
+    applied,
+    crossed_judgement,
+    judge,
+    keep_signature,
+    make_built,
+    write_trial,
+)
 from edgelora.build.forward import find_trials
 from edgelora.build.gradients import Gradients, open_gradients
-from edgelora.build.measuring import embed_and_compare, measure_parts, plan_unmeasured
+from edgelora.build.measuring import (
+    embed_and_compare,
+    measure_parts,
+    plan_unmeasured,
+)
 from edgelora.build.pace import cut_embedding_to_time, cut_to_time
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
@@ -148,6 +158,9 @@ def _refuse_unknown(options: Options) -> None:
 
 
 def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
+    earlier = recall(work, dataset.examples)
+    if earlier is not None:
+        return build_again(work, earlier)
     split = _split(work, dataset)
     parts = tokenise_parts(work, split)
     if not work.options.needs_gradients and work.options.operator not in ACTIVATED:
@@ -172,10 +185,12 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
         judgement = crossed_judgement(choice.scores, choice.base, work.options.seed)
     losses = {t.candidate.name: t.loss for t in trials}
     built = make_built(work, choice.trial, nearness, measured, losses, merge)
-    return replace(
+    built = replace(
         built, verdict=choice.verdict, judgement=judgement, refined=made.refined,
         trained=made.trained,
     )  # fmt: skip
+    remember(work, dataset.examples, built, choice.trial.candidate, nearness)
+    return built
 
 
 def _split(work: Work, dataset: Dataset) -> Split:
@@ -342,36 +357,3 @@ def _make(work: Work, name: str, coefficients: NDArray[np.float64], folder: Path
         name, coefficients, pool.paths, folder,
         hashes=pool.hashes, progress=work.listener.progress,
     )  # fmt: skip
-
-
-def make_built(
-    work: Work,
-    trial: Trial,
-    nearness: Nearness | None,
-    measured: Measured | None,
-    support_losses: dict[str, float],
-    merge: MergeReport | None,
-) -> Built:
-    """The account of a finished build; warnings of the merge are told."""
-    names, candidate = work.pool.names, trial.candidate
-    for message in merge.warnings if merge else ():
-        work.warn(message)
-    distances = nearness.distances if nearness else np.full(len(names), np.inf)
-    alone = zip(measured.positions, measured.losses, strict=True) if measured else ()
-    return Built(
-        out=work.out,
-        chosen=candidate.name,
-        coefficients={
-            names[i]: float(candidate.coefficients[i] * candidate.scale)
-            for i in np.flatnonzero(candidate.coefficients)
-        },
-        distances={n: float(d) for n, d in zip(names, distances, strict=True) if np.isfinite(d)},
-        losses_alone={names[i]: float(loss) for i, loss in alone},
-        support_losses=support_losses,
-        verdict=None,
-        judgement=None,
-        merge=merge,
-        n_tokens=work.budget.n_used,
-        elapsed_s=time.monotonic() - work.started,
-        warnings=tuple(work.warnings),
-    )

@@ -83,6 +83,7 @@ _N_RANKED = 5
 @click.option(
     "--uncalibrated", is_flag=True, help="Leave what `bank calibrate` fitted on the bank aside."
 )
+@click.option("--anew", is_flag=True, help="Measure again what an equal build has found here.")
 @click.option("--force", is_flag=True, help="Overwrite; write even if the base is better.")
 @json_option
 @console.common_options
@@ -134,6 +135,7 @@ def _options(
     distance: str | None,
     is_described: bool,
     uncalibrated: bool,
+    anew: bool,
     **choices: Any,
 ) -> Any:
     from edgelora.build.described import DESCRIBED_DISTANCE
@@ -163,7 +165,7 @@ def _options(
             raise click.BadParameter(f"{value}; one of {', '.join(known)}", param_hint=name)
     default = GRADIENT_BUDGET if options.needs_gradients else DEFAULT_BUDGET
     limit_s = math.inf if budget else DEFAULT_LIMIT_S
-    return replace(options, budget_tokens=budget or default, limit_s=limit_s)
+    return replace(options, budget_tokens=budget or default, limit_s=limit_s, reuse=not anew)
 
 
 @contextlib.contextmanager
@@ -212,6 +214,12 @@ def _show_pass(losses: PassLoss) -> None:
 
 
 def _show_forward_plan(plan: Plan) -> None:
+    if plan.by == "an earlier build":
+        console.say(
+            "plan: the same build was measured here before, so it begins at the merge, about "
+            f"{_duration(plan.merge_s)} (--anew measures again)"
+        )
+        return
     if math.isnan(plan.tokens_per_s):
         decided = {
             "distances": f"distances from {plan.n_support} examples to",

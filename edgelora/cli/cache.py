@@ -1,13 +1,16 @@
-"""`edgelora cache`: what the cache of embeddings, means and kernels holds, and how to empty it."""
+"""`edgelora cache`: what the cache of embeddings, means, kernels and builds holds; empties it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgelora.cli import console
 from edgelora.cli.options import json_option
+
+if TYPE_CHECKING:
+    from edgelora.build.kept import Shelf
 
 
 @click.group()
@@ -20,13 +23,11 @@ def command() -> None:
 @console.common_options
 def ls(as_json: bool, **_: Any) -> None:
     """List what the cache holds for each base, and what else it keeps of banks."""
-    from edgelora.build.kernels import KERNELS
-    from edgelora.build.means import MEANS
     from edgelora.embedding_cache import DEFAULT_CAP_BYTES, cache_folder, open_cache
 
     with open_cache() as cache:
         entries = cache.entries()
-    shelves = [(MEANS, "uniform means of adapters"), (KERNELS, "kernels of banks")]
+    shelves = _shelves()
     sizes = {shelf.name: [file.size_bytes for file in shelf.files()] for shelf, _ in shelves}
     if as_json:
         console.show_json(
@@ -62,14 +63,12 @@ def ls(as_json: bool, **_: Any) -> None:
 @json_option
 @console.common_options
 def clear(as_json: bool, **_: Any) -> None:
-    """Delete every embedding and every mean, and give the space back."""
-    from edgelora.build.kernels import KERNELS
-    from edgelora.build.means import MEANS
+    """Delete every embedding, mean and end of a build, and give the space back."""
     from edgelora.embedding_cache import cache_folder, open_cache
 
     with open_cache() as cache:
         n_embeddings = cache.clear()
-    n_means, n_kernels = MEANS.clear(), KERNELS.clear()
+    n_means, n_kernels, n_builds = (shelf.clear() for shelf, _ in _shelves())
     if as_json:
         console.show_json(
             {
@@ -77,9 +76,24 @@ def clear(as_json: bool, **_: Any) -> None:
                 "n_cleared": n_embeddings,
                 "n_means_cleared": n_means,
                 "n_kernels_cleared": n_kernels,
+                "n_builds_cleared": n_builds,
             }
         )
     else:
         console.show(
-            f"cleared: {n_embeddings} embeddings, {n_means} means, {n_kernels} kernels of banks"
+            f"cleared: {n_embeddings} embeddings, {n_means} means, {n_kernels} kernels of banks, "
+            f"{n_builds} ends of builds"
         )
+
+
+def _shelves() -> list[tuple[Shelf, str]]:
+    """What is kept beside embeddings, and what it is called."""
+    from edgelora.build.earlier import BUILDS
+    from edgelora.build.kernels import KERNELS
+    from edgelora.build.means import MEANS
+
+    return [
+        (MEANS, "uniform means of adapters"),
+        (KERNELS, "kernels of banks"),
+        (BUILDS, "ends of builds"),
+    ]

@@ -149,7 +149,7 @@ def _build(*more: object) -> Callable[[Material, Path], list[object]]:
     def words(material: Material, folder: Path) -> list[object]:
         return ["build", "--base", material.world.base, "--bank", folder / "bank", "--data",
                 material.world.helped, "-o", folder / "out" / "built.gguf", "--threads", 1,
-                *more]  # fmt: skip
+                "--anew", *more]  # fmt: skip
 
     return words
 
