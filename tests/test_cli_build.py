@@ -17,6 +17,7 @@ from builds import World
 from cli_runner import posix_only, run
 
 from edgelora.adapters.gguf_lora import open_lora
+from edgelora.build import pace
 from edgelora.build.earlier import BUILDS
 from edgelora.build.proposals import OPERATOR_NAMES
 from edgelora.cli import demo
@@ -115,6 +116,24 @@ def test_a_repeated_build_begins_at_the_merge(
         file.path.write_text('{"chosen": "mean"}')
     run(*words(world, world.helped, again, "--force", "-q"))
     assert decoded and again.read_bytes() == first.read_bytes()
+
+
+def test_a_slow_machine_s_budget_is_told_recorded_and_kept(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.gguf"
+    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: 10.4)
+    first = run(*words(world, world.helped, out))
+    assert first.exit_code == 0, first.output
+    assert "at most 6,000 (what 10 min allow here; --budget allows more)" in first.stderr
+    assert json.loads(run("show", out, "--json").stdout)["provenance"]["budget_tokens"] == 6_000
+    whole = out.read_bytes()
+    given = run(*words(world, world.helped, tmp_path / "b.gguf", "--budget", 12_000))
+    assert "at most 12,000 (--budget)" in given.stderr
+    # The speed of another day changes nothing in a build that was measured.
+    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: 900.0)
+    again = run(*words(world, world.helped, out, "--force"))
+    assert "begins at the merge" in again.stderr and out.read_bytes() == whole
 
 
 def test_exit_codes_say_what_happened(world: World, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def measure_adapters(
 
     Args:
         context: opened with `hidden=True`.
-        planned: told the speed, in tokens a second, of the first adapter (of the base, without
+        planned: told the speed, in tokens a second, of the first adapters (of the base, without
             any) before the others begin.
     """
     base, tokens_per_s = measure_base(context, shown)

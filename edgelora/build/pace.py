@@ -29,6 +29,8 @@ _N_WARM, _N_TIMED, _N_TIMES = 16, 64, 3
 _SHARE_FOR_COMPARISONS = 0.5
 _LEAST_COMPARED = 6
 _STEP = 500
+# Reading and hashing the sources and writing the file take most of what the linear algebra does.
+_WITH_FILES = 1.7
 
 
 def cut_to_time(work: Work, parts: Parts) -> Parts:
@@ -84,7 +86,7 @@ def measure_merge(paths: Sequence[Path]) -> float:
             with contextlib.suppress(InvalidFile):  # told with its name by what uses the adapter
                 COMBINATIONS["svd"].make(terms_of(names[0], files, even, 1.0), None)
             seconds += len(names) * (time.perf_counter() - started)
-    return seconds
+    return _WITH_FILES * seconds
 
 
 def count_merges(n_candidates: int, is_crossed: bool) -> int:

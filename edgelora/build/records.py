@@ -103,7 +103,7 @@ class Plan:
         n_tokens: estimate of all tokens that the build computes.
         by: what decides where nothing is measured: "distances", "activations",
             "description" or "an earlier build".
-        tokens_per_s: speed of the last pass a moment ago; NaN where there is none.
+        tokens_per_s: speed of the first adapters' passes a moment ago; NaN where there is none.
         merge_s: estimate of what combining adapters takes in all.
         is_cut: whether the budget is that of `Options.limit_s`.
         gradient: what gradients cost; it is a part of n_tokens.
