@@ -135,7 +135,8 @@ def test_what_is_written_loads_helps_and_tells_how_it_was_made(
     (plan,) = ear.plans
     assert (plan.n_support, plan.n_selection, plan.n_untouched) == (16, 8, 8)
     assert plan.n_measured == plan.n_adapters == builds.N_ADAPTERS
-    assert plan.n_tokens <= plan.budget_tokens and plan.seconds > 0
+    assert plan.n_tokens <= plan.budget_tokens and plan.merge_s > 0
+    assert plan.seconds == pytest.approx(plan.n_tokens / plan.tokens_per_s + plan.merge_s)
     last = {stage: (done, total) for stage, done, total in ear.steps}
     assert {"embedding your examples", "measuring adapters", "trying candidates"} <= set(last)
     assert all(done == total for done, total in last.values())
@@ -242,6 +243,14 @@ def test_the_budget_is_kept(
         assert any("every scale and step" in message for message in built.warnings)
 
 
+def test_merges_are_counted_by_how_much_of_the_bank_they_sum() -> None:
+    # Of auto's seven candidates: the mean of all, then mixture and three from losses; two steps
+    # and the file that is written; and the three from losses for each of three folds.
+    assert pace.count_merges(7, is_crossed=False) == 1 + (4 + 2 + 1) / 2
+    assert pace.count_merges(7, is_crossed=True) == 1 + (4 + 2 + 1 + 9) / 2
+    assert pace.count_merges(1, is_crossed=False) == 1 + (2 + 1) / 2
+
+
 def slow_machine(monkeypatch: pytest.MonkeyPatch, tokens_per_s: float) -> Options:
     """Options for ten minutes on a machine of such a speed, as the short test finds it."""
     monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: tokens_per_s)
@@ -252,7 +261,7 @@ def test_ten_minutes_of_a_slow_machine_are_its_budget(
     world: World, model: Model, out: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ear = Ear()
-    built = run(model, world.bank, world.helped, out, slow_machine(monkeypatch, 10.4), ear)
+    built = run(model, world.bank, world.helped, out, slow_machine(monkeypatch, 11.2), ear)
     (plan,) = ear.plans
     assert plan.is_cut and plan.budget_tokens == 6_000 and plan.merge_s > 0
     assert sum(decoded) == built.n_tokens <= 6_000

@@ -122,7 +122,7 @@ def test_a_slow_machine_s_budget_is_told_recorded_and_kept(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "a.gguf"
-    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: 10.4)
+    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: 11.2)
     first = run(*words(world, world.helped, out))
     assert first.exit_code == 0, first.output
     assert "at most 6,000 (what 10 min allow here; --budget allows more)" in first.stderr

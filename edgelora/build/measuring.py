@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from edgelora.build.gradients import sampled
-from edgelora.build.pace import count_merges, measure_merge
+from edgelora.build.pace import estimate_merges, measure_merge
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import (
     Measured,
@@ -206,8 +206,6 @@ def _plan(
     work: Work, parts: Parts, n_measured: int, shown: Sequence[TokenisedExample], speed: float
 ) -> Plan:
     n_candidates = count_candidates(work.options, bool(work.pool.signed))
-    n_merges = count_merges(n_candidates, parts.is_crossed)
-    merge_s = n_merges * measure_merge(work.pool.paths)
     n_passes = n_candidates * TRIES_A_CANDIDATE
     n_passes += count_search_passes(work.options, len(work.pool.records))
     return Plan(
@@ -221,6 +219,6 @@ def _plan(
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=speed,
         gradient=work.gradient,
-        merge_s=merge_s,
+        merge_s=estimate_merges(work, parts),
         is_cut=work.is_cut,
     )

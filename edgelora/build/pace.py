@@ -16,7 +16,7 @@ from edgelora.adapters.gguf_lora import open_loras
 from edgelora.adapters.merge import one_blas_thread
 from edgelora.adapters.terms import terms_of
 from edgelora.build.crossing import N_FOLDS
-from edgelora.build.proposals import MIN_SHOWN, N_SINGLE
+from edgelora.build.proposals import MIN_SHOWN, N_FITTED, N_SINGLE, count_candidates
 from edgelora.build.search import N_LINEARISATIONS, release
 from edgelora.build.trials import Budget
 from edgelora.build.work import Parts, Work, count_reserved_tokens
@@ -26,11 +26,13 @@ from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import InvalidFile
 
 _N_WARM, _N_TIMED, _N_TIMES = 16, 64, 3
+_SHARE_OF_PASSES = 0.9
 _SHARE_FOR_COMPARISONS = 0.5
 _LEAST_COMPARED = 6
 _STEP = 500
 # Reading and hashing the sources and writing the file take most of what the linear algebra does.
 _WITH_FILES = 1.7
+_SHARE_THAT_COUNTS = 0.5
 
 
 def cut_to_time(work: Work, parts: Parts) -> Parts:
@@ -47,7 +49,7 @@ def cut_to_time(work: Work, parts: Parts) -> Parts:
     if not math.isfinite(limit_s):
         return parts
     speed = _measure_speed(work, parts.support)
-    allowed = _rounded(speed * limit_s)
+    allowed = _rounded(speed * _seconds_of_passes(work, parts))
     if allowed >= work.budget.n_tokens:
         return parts
     work.is_cut = True
@@ -60,6 +62,14 @@ def cut_to_time(work: Work, parts: Parts) -> Parts:
             f"build takes {least:,} at the very least: about {least / speed / 60:.0f} min"
         )
     return fitted
+
+
+def estimate_merges(work: Work, parts: Parts) -> float:
+    """Seconds that all combinations of a build take; what a test told is kept in `work`."""
+    if math.isnan(work.merge_s):
+        n_candidates = count_candidates(work.options, bool(work.pool.signed))
+        work.merge_s = count_merges(n_candidates, parts.is_crossed) * measure_merge(work.pool.paths)
+    return work.merge_s
 
 
 def cut_embedding_to_time(work: Work, texts: Sequence[TokenisedExample]) -> None:
@@ -89,10 +99,17 @@ def measure_merge(paths: Sequence[Path]) -> float:
     return _WITH_FILES * seconds
 
 
-def count_merges(n_candidates: int, is_crossed: bool) -> int:
-    """About how many combinations a build makes: of candidates, of steps from the best, its own."""
-    n_trials = max(0, n_candidates - N_SINGLE) + N_LINEARISATIONS - 1
-    return 1 + n_trials * (1 + N_FOLDS * is_crossed)
+def count_merges(n_candidates: int, is_crossed: bool) -> float:
+    """About how many combinations of the whole pool a build is worth.
+
+    The mean of all is one. Of other candidates, of steps from the best and in the file that is
+    written, about half of the pool has a weight that counts; those that are fitted to losses are
+    made again for each fold where examples are cross-validated.
+    """
+    n_partial = max(0, n_candidates - 1 - N_SINGLE) + N_LINEARISATIONS - 1 + 1
+    if is_crossed:
+        n_partial += N_FOLDS * min(N_FITTED, n_candidates)
+    return 1 + _SHARE_THAT_COUNTS * n_partial
 
 
 def _measure_speed(work: Work, texts: Sequence[TokenisedExample]) -> float:
@@ -117,6 +134,13 @@ def _measure_speed(work: Work, texts: Sequence[TokenisedExample]) -> float:
             elapsed_s = min(elapsed_s, time.perf_counter() - started)
         release(context, adapter)
     return n / elapsed_s
+
+
+def _seconds_of_passes(work: Work, parts: Parts) -> float:
+    """What the merges leave of the time, at least a half, less what loading and fits take."""
+    limit_s = work.options.limit_s
+    left_s = max(limit_s / 2, limit_s - estimate_merges(work, parts))
+    return _SHARE_OF_PASSES * left_s
 
 
 def _rounded(n_tokens: float) -> int:

@@ -40,8 +40,9 @@ WARM_STARTS = {"relinearised": "surrogate", "halving": NONE, "coordinate": "surr
                "cma": "surrogate"}  # fmt: skip
 OPERATOR_NAMES = ("auto", NONE, "mixture", "surrogate", *WARM_STARTS, *OPERATORS, *ACTIVATED)
 MIN_SHOWN = 6
-# Candidates of "auto" that are one adapter each: nearest and least loss.
-N_SINGLE = 2
+# Candidates of "auto" that are one adapter each (nearest, least loss), and those that are sums
+# with weights from losses.
+N_SINGLE, N_FITTED = 2, 1 + len(PENALTIES)
 
 
 @dataclass(frozen=True, eq=False)

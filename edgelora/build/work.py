@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,7 @@ class Work:
 
     Attributes:
         is_cut: whether time has cut the budget: then few candidates are compared.
+        merge_s: see pace.estimate_merges; NaN before.
     """
 
     model: Model
@@ -58,6 +60,7 @@ class Work:
     budget: Budget
     gradient: GradientPlan | None = None
     is_cut: bool = False
+    merge_s: float = math.nan
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
