@@ -26,6 +26,7 @@ import argparse
 import random
 import shutil
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gradient_quality.arms import DEFAULT_ARMS, parse_arm
@@ -63,12 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("results", type=Path)
     parser.add_argument("--report", action="store_true", help="only print the tables")
     parser.add_argument("--picture", type=Path, help="draw loss against passes into this SVG")
-    parser.add_argument("--name", default="smollm2", help="of the bed, in the lines")
-    parser.add_argument("--base", default="smollm2-135m-instruct")
-    parser.add_argument("--type", help="measure a copy of the base of this type, e.g. q8_0")
-    parser.add_argument("--bank", type=Path, default=Path("models/bank"))
-    parser.add_argument("--peft", action="store_true", help="make the bank from DATA/*/adapter")
-    parser.add_argument("--data", type=Path, default=Path("../shared/lab/bank"))
+    add_bed_options(parser)
     parser.add_argument("--n-tasks", type=int, default=16, help="0: all")
     parser.add_argument("--tasks", nargs="+", default=[], help="these instead")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -76,7 +72,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--n-test", type=int, default=50)
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS)
     parser.add_argument("--exact", action="store_true", help="generate answers too")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     try:
         for arm in options.arms:
@@ -86,12 +81,28 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def measure(options: argparse.Namespace, done: dict[Key, Row]) -> None:
-    """Whole tasks one after another: both seeds and all numbers of labels of each."""
+def add_bed_options(parser: argparse.ArgumentParser) -> None:
+    """What names a bed, for `open_bed_of`."""
+    parser.add_argument("--name", default="smollm2", help="of the bed, in the lines")
+    parser.add_argument("--base", default="smollm2-135m-instruct")
+    parser.add_argument("--type", help="measure a copy of the base of this type, e.g. q8_0")
+    parser.add_argument("--bank", type=Path, default=Path("models/bank"))
+    parser.add_argument("--peft", action="store_true", help="make the bank from DATA/*/adapter")
+    parser.add_argument("--data", type=Path, default=Path("../shared/lab/bank"))
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def open_bed_of(options: argparse.Namespace) -> AbstractContextManager[Bed]:
+    """The bed that the options name."""
     base, bank = base_of(options), options.bank
     if options.peft:
         bank = make_bank(work_folder(options.name) / "bank", base, options.data)
-    with open_bed(options.name, base, bank, options.data, n_threads=options.threads) as bed:
+    return open_bed(options.name, base, bank, options.data, n_threads=options.threads)
+
+
+def measure(options: argparse.Namespace, done: dict[Key, Row]) -> None:
+    """Whole tasks one after another: both seeds and all numbers of labels of each."""
+    with open_bed_of(options) as bed:
         tasks = drawn(bed, options)
         for number, task in enumerate(tasks, 1):
             for seed in options.seeds:

@@ -29,11 +29,10 @@ import random
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-from benchmark_gradient_quality import base_of
-from gradient_quality.bed import Bed, make_bank, make_case, open_bed
+from benchmark_gradient_quality import add_bed_options, open_bed_of, work_folder
+from gradient_quality.bed import Bed, make_case
 from operators_benchmark.heads import train_heads
 from operators_benchmark.lorahub import find_nevergrad
 from operators_benchmark.measuring import Wanted, measure_case
@@ -42,7 +41,6 @@ from operators_benchmark.registry import GROUPS, LABELS, Arm, expand
 from operators_benchmark.results import Key, key_of, read_results
 from result_lines import Row, append_line
 
-from edgelora.embedding_cache import cache_folder
 from edgelora.errors import EdgeLoRAError
 from edgelora.leave_one_out.splits import SPLITS
 
@@ -68,13 +66,7 @@ def parse() -> argparse.Namespace:
     run = commands.add_parser("run", help="measure what is missing, task by task")
     heads = commands.add_parser("heads", help="train the paper's Neural heads; needs torch")
     for command in (run, heads):
-        command.add_argument("--name", default="smollm2", help="of the bed, in the lines")
-        command.add_argument("--base", default="smollm2-135m-instruct")
-        command.add_argument("--type", help="measure a copy of the base of this type, e.g. q8_0")
-        command.add_argument("--bank", type=Path, default=Path("models/bank"))
-        command.add_argument("--peft", action="store_true", help="make it from DATA/*/adapter")
-        command.add_argument("--data", type=Path, default=Path("../shared/lab/bank"))
-        command.add_argument("--threads", type=int, default=1)
+        add_bed_options(command)
     _add_run_options(run)
     run.set_defaults(act=measure)
     heads.add_argument("--hidden", type=int, default=4_000)
@@ -191,21 +183,6 @@ def write_report(options: argparse.Namespace) -> int:
     drawn = draw_all(rows, options.page.parent)
     print(f"{len(rows)} lines: {len(told)} tables and {len(drawn)} pictures")
     return 0
-
-
-def open_bed_of(options: argparse.Namespace) -> AbstractContextManager[Bed]:
-    """The bed that the options name."""
-    base, bank = base_of(options), options.bank
-    if options.peft:
-        bank = make_bank(work_folder(options.name) / "bank", base, options.data)
-    return open_bed(options.name, base, bank, options.data, n_threads=options.threads)
-
-
-def work_folder(name: str) -> Path:
-    """Where the files of a bed lie: that of the gradient benchmark, whose bank is the same."""
-    folder = cache_folder() / "gradient_quality" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 if __name__ == "__main__":

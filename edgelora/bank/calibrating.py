@@ -14,6 +14,7 @@ from edgelora.bank.losses import (
     DEFAULT_BUDGET,
     DEFAULT_LINES,
     Target,
+    count_missing,
     make_target,
     measure_losses,
     missing_passes,
@@ -171,7 +172,7 @@ def add_losses(
     known = read_losses(bank, model.base.identity.id, targets, records)
     missing = missing_passes(known, targets, records)
     refuse_over_budget(missing, budget_tokens, n_lines)
-    plan(len(missing), sum(t.n_tokens for asked in missing.values() for t in asked))
+    plan(len(missing), count_missing(missing))
     if missing:
         # Losses are kept, and one run may go on where another with more free memory stopped.
         with open_context(model, kv_type="f16") as context:

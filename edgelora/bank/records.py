@@ -26,6 +26,11 @@ def signature_path(adapter: Path, base_id: str) -> Path:
     return adapter.with_name(f"{adapter.name.removesuffix(SUFFIX)}.{base_id}{SIGNATURE_SUFFIX}")
 
 
+def split_names(text: str) -> frozenset[str]:
+    """Several sources or categories, as records have them: separated by commas."""
+    return frozenset(name for part in text.split(",") if (name := part.strip()))
+
+
 @dataclass(frozen=True)
 class BankRecord:
     """One adapter of a bank; text fields are empty where nothing was recorded.
@@ -73,8 +78,12 @@ class BankRecord:
     @property
     def sources(self) -> frozenset[str]:
         """What its data was made from; two adapters that share one are siblings."""
-        names = (name.strip() for name in self.source.split(","))
-        return frozenset(name for name in names if name)
+        return split_names(self.source)
+
+    @property
+    def categories(self) -> frozenset[str]:
+        """What kinds of task it is."""
+        return split_names(self.category)
 
     def is_sibling(self, other: BankRecord) -> bool:
         """Whether both were made from one source, or are the same."""

@@ -9,23 +9,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.adapters.gguf_lora import LoraFile, open_loras
+from edgelora.adapters.gguf_lora import LoraFile
 from edgelora.adapters.provenance import mean_coefficient
 from edgelora.build.finish import write_combination
-from edgelora.build.gradients import sampled, threads
+from edgelora.build.gradients import open_decoder_and_adapters, sampled, threads
 from edgelora.build.proposals import ACTIVATED, Nearness
-from edgelora.build.trials import Trial, try_scales
+from edgelora.build.records import count_steps
+from edgelora.build.trials import NEGLIGIBLE, Trial, try_scales
 from edgelora.build.work import Work
 from edgelora.engine.context import Context
 from edgelora.engine.score import TokenisedExample
-from edgelora.errors import UnsupportedFile
 from edgelora.gradient.activations import prompts_of, weigh_adapters
-from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
-from edgelora.gradient.updates import refuse_misfits
+from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.operators.arbiter import Candidate
 
 Array = NDArray[np.float64]
-_NEGLIGIBLE = 0.01
 _STAGE = "activations of the base, blocks"
 
 
@@ -56,13 +54,9 @@ def open_activations(
     """
     if operator not in ACTIVATED:
         return None
-    files = open_loras(work.pool.paths)
-    try:
-        decoder = open_decoder(work.model.base.path, n_threads=work.model.options.threads())
-        refuse_misfits(files, decoder.base)
-    except UnsupportedFile as error:
-        hint = f"The operator {operator} needs them. Choose --operator mixture or uniform."
-        raise UnsupportedFile(error.what, problems=error.problems, hint=hint) from error
+    decoder, files = open_decoder_and_adapters(
+        work, f"The operator {operator} needs them. Choose --operator mixture or uniform."
+    )
     prompts = prompts_of(sampled(examples, work.options.seed))
     n_tokens = decoder.count_rows(prompts, PassOptions())
     work.spend(n_tokens, f"the activations of {len(prompts)} prompt(s)")
@@ -76,22 +70,16 @@ def weigh(work: Work, opened: Activations) -> dict[str, Array]:
         EdgeLoRAError: the operator finds nothing to weigh by.
     """
     n_packs = opened.decoder.count_packs(opened.prompts, PassOptions())
-    total, done = n_packs * opened.decoder.base.n_layer, 0
-
-    def advance(n_blocks: int) -> None:
-        nonlocal done
-        done += n_blocks
-        work.listener.progress(_STAGE, done, total)
-
+    n_blocks = n_packs * opened.decoder.base.n_layer
     with threads(work):
         found = weigh_adapters(
             opened.decoder,
             opened.adapters,
             opened.prompts,
             opened.operator,
-            progress=advance,
+            progress=count_steps(_STAGE, n_blocks, work.listener.progress),
         )
-    return {n: np.where(row < _NEGLIGIBLE * row.max(), 0.0, row) for n, row in found.items()}
+    return {n: np.where(row < NEGLIGIBLE * row.max(), 0.0, row) for n, row in found.items()}
 
 
 def make_activated(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from edgelora.bank import Bank
-from edgelora.build.finish import applied, keep_signature, make_built, write_combination
+from edgelora.build.finish import make_built, publish_unjudged, write_combination
 from edgelora.build.measuring import plan_unmeasured
 from edgelora.build.proposals import ACTIVATED, NONE, ON_LOSSES, Nearness, compare, propose
 from edgelora.build.records import Built, Listener, Options
@@ -17,7 +18,6 @@ from edgelora.embedding_cache import open_cache
 from edgelora.engine.context import open_context
 from edgelora.engine.model import Model
 from edgelora.errors import BankError, DatasetError, EdgeLoRAError
-from edgelora.files import publish
 from edgelora.operators.arbiter import Candidate
 from edgelora.signature.record import description_problems
 from edgelora.summarise import embedded_ids, summarise_text
@@ -59,11 +59,10 @@ def build_described(
     ((name, coefficients),) = propose(work.pool, nearness, None, operator)
     told = {"description": description}
     candidate = Candidate(name, settled(coefficients))
-    with folder_beside(out), publish(out, force=options.force) as temporary:
-        merge = write_combination(work, candidate, nearness, temporary, told=told)
-        with open_context(model) as context, applied(context, temporary):
-            pass  # loading it is the check: a file that llama.cpp refuses is not published
-        keep_signature(work, nearness)
+    with folder_beside(out):
+        merge = publish_unjudged(
+            work, nearness, partial(write_combination, work, candidate, nearness, told=told)
+        )
     return make_built(work, Trial(candidate, out), nearness, None, {}, merge)
 
 

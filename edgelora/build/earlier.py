@@ -10,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora import __version__
-from edgelora.build.finish import applied, keep_signature, make_built, write_combination
+from edgelora.build.finish import make_built, publish_unjudged, write_combination
 from edgelora.build.kept import Shelf
 from edgelora.build.measuring import plan_repeated
 from edgelora.build.pool import Pool
@@ -25,10 +26,8 @@ from edgelora.build.records import Built, Judgement
 from edgelora.build.trials import Budget, Trial
 from edgelora.build.work import Work
 from edgelora.datasets.records import Example
-from edgelora.engine.context import open_context
 from edgelora.engine.native import version as llama_cpp_version
 from edgelora.errors import InvalidFile
-from edgelora.files import publish
 from edgelora.operators.arbiter import Candidate, Row, Verdict
 from edgelora.signature import from_bytes
 
@@ -124,11 +123,8 @@ def build_again(work: Work, earlier: Earlier) -> Built:
     """The file of a build whose end is known: nothing is measured again."""
     candidate, nearness = earlier.candidate, earlier.nearness
     work.listener.plan(plan_repeated(work))
-    with publish(work.out, force=work.options.force) as temporary:
-        merge = write_combination(work, candidate, nearness, temporary)
-        with open_context(work.model) as context, applied(context, temporary):
-            pass  # loading it is the check: a file that llama.cpp refuses is not published
-        keep_signature(work, nearness)
+    write = partial(write_combination, work, candidate, nearness)
+    merge = publish_unjudged(work, nearness, write)
     trial = Trial(candidate, work.out)
     built = make_built(work, trial, nearness, None, earlier.support_losses, merge)
     return replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from edgelora.build.proposals import Measured, Nearness
 from edgelora.build.records import CROSSED, Built, Judgement, count_steps
 from edgelora.build.trials import Trial
 from edgelora.build.work import Parts, Work
-from edgelora.engine.context import Context
+from edgelora.engine.context import Context, open_context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import Score, mean_loss, paired_interval, score
 from edgelora.errors import NoImprovement
-from edgelora.files import write_atomic
+from edgelora.files import publish, write_atomic
 from edgelora.operators.arbiter import Candidate
 
 Array = NDArray[np.float64]
@@ -136,6 +136,21 @@ def keep_signature(work: Work, nearness: Nearness | None) -> None:
         path.unlink(missing_ok=True)
     else:
         write_atomic(path, nearness.target.to_bytes())
+
+
+def publish_unjudged(
+    work: Work, nearness: Nearness | None, write: Callable[[Path], MergeReport | None]
+) -> MergeReport | None:
+    """Publish what `write` makes where no examples are there to judge it, and the signature.
+
+    Loading it is the check: a file that llama.cpp refuses is not published.
+    """
+    with publish(work.out, force=work.options.force) as temporary:
+        merge = write(temporary)
+        with open_context(work.model) as context, applied(context, temporary):
+            pass
+        keep_signature(work, nearness)
+    return merge
 
 
 def judge(work: Work, context: Context, finished: Path, parts: Parts) -> Judgement:

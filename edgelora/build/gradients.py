@@ -95,7 +95,9 @@ def open_gradients(
         EdgeLoRAError: texts that are too long, or a budget too small for one pass.
     """
     options = work.options
-    decoder, files = _opened(work)
+    decoder, files = open_decoder_and_adapters(
+        work, "Use --refine forward without --polish: it needs no gradients."
+    )
     examples = sampled(support, options.seed)
     descent = _descent_options(work, len(examples), has_completions)
     polish = PolishOptions(n_passes=options.polish, seed=options.seed) if options.polish else None
@@ -148,13 +150,20 @@ def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
     )
 
 
-def _opened(work: Work) -> tuple[Decoder, list[LoraFile]]:
+def open_decoder_and_adapters(work: Work, hint: str) -> tuple[Decoder, list[LoraFile]]:
+    """The base and the pool's adapters, opened for passes in numpy.
+
+    Args:
+        hint: what to do where they cannot be.
+
+    Raises:
+        UnsupportedFile: a base, or an adapter, whose passes are not known; it is named.
+    """
     files = open_loras(work.pool.paths)
     try:
         decoder = open_decoder(work.model.base.path, n_threads=work.model.options.threads())
         refuse_misfits(files, decoder.base)
     except UnsupportedFile as error:
-        hint = "Use --refine forward without --polish: it needs no gradients."
         raise UnsupportedFile(error.what, problems=error.problems, hint=hint) from error
     return decoder, files
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,11 @@ from edgelora.build.choosing import choose, contenders
 from edgelora.build.crossing import assign_folds, is_crossed
 from edgelora.build.earlier import build_again, recall, remember
 from edgelora.build.finish import (
-    applied,
     crossed_judgement,
     judge,
     keep_signature,
     make_built,
+    publish_unjudged,
     write_trial,
 )
 from edgelora.build.forward import find_trials
@@ -225,11 +226,7 @@ def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
             trial, refined = refine(
                 work, steps.gradients, trial.candidate, nearness, steps.state, folder
             )
-        with publish(work.out, force=work.options.force) as temporary:
-            merge = write_trial(work, trial, nearness, temporary)
-            with open_context(work.model) as context, applied(context, temporary):
-                pass  # loading it is the check: a file that llama.cpp refuses is not published
-            keep_signature(work, nearness)
+        merge = publish_unjudged(work, nearness, partial(write_trial, work, trial, nearness))
     return replace(make_built(work, trial, nearness, None, {}, merge), refined=refined)
 
 

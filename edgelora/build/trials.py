@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 
 SCALES = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 TRIES_A_CANDIDATE = 3  # about as many scales are tried
-_NEGLIGIBLE = 0.01
+NEGLIGIBLE = 0.01
 
 
 class Budget:
@@ -123,7 +123,7 @@ def settled(coefficients: Array) -> Array:
 
     So float noise in what they were computed from does not change a byte of the result.
     """
-    negligible = np.abs(coefficients) < _NEGLIGIBLE * np.abs(coefficients).max()
+    negligible = np.abs(coefficients) < NEGLIGIBLE * np.abs(coefficients).max()
     kept = np.where(negligible, 0.0, coefficients).astype(np.float64)
     return np.asarray(kept.round(_decimals(coefficients)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import platform
 import subprocess
@@ -54,6 +55,7 @@ def store_threads(architecture: str, threads: Threads) -> Path:
     return path
 
 
+@functools.cache
 def cpu_model() -> str:
     """The name that the CPU gives itself, or what Python knows of it."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from edgelora.bank import Bank
-from edgelora.build import Listener, Options, build
+from edgelora.build import Built, Listener, Options, build
 from edgelora.build.pool import Pool, open_pool
+from edgelora.build.search import release
 from edgelora.build.trials import Budget, make_trial, try_scales
 from edgelora.datasets.records import Dataset, Example
 from edgelora.datasets.template import Template
-from edgelora.engine.context import Context, open_context
+from edgelora.engine.context import open_context
 from edgelora.engine.model import Model, WeightedAdapter
 from edgelora.engine.prepare import tokenise_examples
 from edgelora.engine.score import TokenisedExample
@@ -193,27 +194,43 @@ def _make_mean(work: _Task) -> _Made:
     with open_context(work.model, n_ctx=context_size(texts)) as context:
         trial = make_trial("uniform mean", np.full(k, 1 / k), work.pool.paths, work.folder)
         trial = try_scales(context, trial, texts, budget)
-        _let_go(context, trial.path)
+        release(context, trial.path)
     return _Made(trial.weighted(), f"uniform mean x {trial.candidate.scale:g}", budget.n_used)
 
 
 def _make_default(work: _Task) -> _Made:
     """What `edgelora build` writes; the base where it writes nothing."""
     dataset = Dataset(Path(work.name), "drawn", work.support, ())
-    out, planned = work.folder / "default.gguf", [0]
-    exclude = (*work.options.exclude, *map(glob.escape, work.kin))
-    options = replace(work.options, exclude=exclude, force=False)
+    out, options = work.folder / "default.gguf", replace(work.options, force=False)
+    built, n_tokens = build_without(
+        work.kin, work.model, work.bank, dataset, work.template, out, options
+    )
+    if built is None:
+        return _Made([], "base", n_tokens)
+    return _Made([WeightedAdapter(out)], built.chosen, n_tokens)
+
+
+def build_without(
+    kin: Sequence[str],
+    model: Model,
+    bank: Bank,
+    dataset: Dataset,
+    template: Template,
+    out: Path,
+    options: Options,
+) -> tuple[Built | None, int]:
+    """What `edgelora build` makes without the adapters `kin`, and its tokens.
+
+    Where nothing beats the base there is no adapter, and the tokens are those that it planned.
+    """
+    planned = [0]
     listener = Listener(plan=lambda plan: planned.append(plan.n_tokens))
+    options = replace(options, exclude=(*options.exclude, *map(glob.escape, kin)))
     try:
-        built = build(work.model, work.bank, dataset, work.template, out, options, listener)
+        built = build(model, bank, dataset, template, out, options, listener)
     except NoImprovement:
-        return _Made([], "base", planned[-1])
-    return _Made([WeightedAdapter(out)], built.chosen, built.n_tokens)
-
-
-def _let_go(context: Context, path: Path) -> None:
-    context.apply([])
-    context.model.unload(path)
+        return None, planned[-1]
+    return built, built.n_tokens
 
 
 _MAKERS: dict[str, Callable[[_Task], _Made]] = {

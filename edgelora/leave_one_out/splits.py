@@ -20,8 +20,8 @@ class Origin:
 
 
 def origin_of(record: BankRecord) -> Origin:
-    """What `edgelora bank add` recorded; several sources or categories are separated by commas."""
-    return Origin(_parts(record.source), _parts(record.category))
+    """What `edgelora bank add` recorded."""
+    return Origin(record.sources, record.categories)
 
 
 def hidden(task: str, origins: Mapping[str, Origin], split: str) -> list[str]:
@@ -85,7 +85,3 @@ def deal(families: Mapping[str, int], n_folds: int, *, seed: int = 0) -> dict[st
         sizes[fold] += len(members[family])
         folds |= dict.fromkeys(members[family], fold)
     return folds
-
-
-def _parts(text: str) -> frozenset[str]:
-    return frozenset(part.strip() for part in text.split(",") if part.strip())

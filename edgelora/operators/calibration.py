@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import EdgeLoRAError
-from edgelora.operators.mixture import GAP, solve
+from edgelora.operators.mixture import GAP, rate_of, solve
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -239,8 +239,7 @@ def _fit_mixture(gram: Array, judge: _Judge, progress: Callable[[int, int], None
             progress(number * len(judge.targets) + done, total)
             others = np.flatnonzero(judge.allowed[i])
             inner, cross = gram[np.ix_(others, others)], gram[i, others]
-            slopes = 2.0 * (inner.mean(axis=1) - cross)
-            rate = strength * float(slopes.std())
+            rate = rate_of(inner, cross, strength)
             weights, _ = solve(inner, cross, rate, wanted_gap=max(_KL * rate, GAP))
             log_weights[i, others] = np.log(np.maximum(weights, _FLOOR))
         scores.append(judge.score(log_weights))

@@ -86,6 +86,12 @@ def mixture(
     ).coefficients
 
 
+def rate_of(gram: Array, cross: Array, strength: float) -> float:
+    """lambda: `strength` of the spread of the slopes at the uniform mixture."""
+    slopes = 2.0 * (gram.mean(axis=1) - cross)
+    return strength * float(slopes.std())
+
+
 def solve(
     gram: Array, cross: Array, regularisation: float, *, wanted_gap: float = GAP
 ) -> tuple[Array, float]:
@@ -171,8 +177,7 @@ class MixtureBank:
         """See `match`."""
         gram, cross, own = self.kernel_means(target)
         if regularisation is None:
-            slopes = 2.0 * (gram.mean(axis=1) - cross)
-            regularisation = strength * float(slopes.std())
+            regularisation = rate_of(gram, cross, strength)
         coefficients, gap = solve(gram, cross, regularisation)
         squared = float(coefficients @ gram @ coefficients - 2.0 * cross @ coefficients + own)
         squares = np.diag(gram) - 2.0 * cross + own

@@ -188,12 +188,11 @@ def _cloud_beside(path: Path, base_id: str) -> Cloud | None:
 
 def _cloud(adapter: Path, base_id: str, sources: str) -> Cloud:
     """The prompts of the dataset of one adapter; `sources` are separated by commas."""
-    from edgelora.bank.records import signature_path
+    from edgelora.bank.records import signature_path, split_names
     from edgelora.signature import from_bytes
 
     path = signature_path(adapter, base_id)
     signature = from_bytes(path.read_bytes(), str(path))
     if signature.base_id != base_id:
         raise InvalidFile(f"{path}: made by the base {signature.base_id}")
-    names = (name.strip() for name in sources.split(","))
-    return make_cloud(signature.prompt, frozenset(filter(None, names)), signature.n_layers)
+    return make_cloud(signature.prompt, split_names(sources), signature.n_layers)

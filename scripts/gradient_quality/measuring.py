@@ -8,11 +8,9 @@ from pathlib import Path
 
 from result_lines import Row, read_lines
 
-from edgelora import metrics
 from edgelora.engine.context import open_context
-from edgelora.engine.score import Score, mean_loss, score
-from edgelora.evaluate import references
-from gradient_quality.arms import Bench, Made, parse_arm
+from edgelora.leave_one_out.judging import judge
+from gradient_quality.arms import Bench, parse_arm
 from gradient_quality.bed import Case
 
 # Arms that do not depend on the number of labels are measured once.
@@ -54,7 +52,7 @@ def measure_case(
             started = time.process_time()
             made = parse_arm(arm)(bench)
             cpu_s = time.process_time() - started
-            scores = _score(bench, made, exact)
+            judged = judge(context, made.adapters, case.test_texts, case.test, with_answers=exact)
             yield {
                 "bed": case.bed.name,
                 "task": case.task,
@@ -62,38 +60,15 @@ def measure_case(
                 "seed": case.seed,
                 "labels": labels_of(arm, n_labels),
                 "arm": arm,
-                "loss": round(mean_loss(scores), 5),
-                "exact": _exact_match(case, scores) if exact else None,
-                "nll": [round(s.nll, 4) for s in scores],
-                "n_tokens": [s.n_tokens for s in scores],
+                "loss": round(judged.loss, 5),
+                "exact": None if judged.exact_match is None else round(judged.exact_match, 4),
+                "nll": [round(s.nll, 4) for s in judged.scores],
+                "n_tokens": [s.n_tokens for s in judged.scores],
                 "tokens": made.n_tokens,
                 "cpu_s": round(cpu_s, 1),
                 **made.facts,
                 **facts,
             }
-
-
-def _score(bench: Bench, made: Made, with_answers: bool) -> list[Score]:
-    """Losses, and greedy answers no longer than the longest right one could be."""
-    texts = bench.case.test_texts
-    longest = max(len(text.completion) for text in texts) + 2
-    bench.context.apply(made.adapters)
-    scores = score(bench.context, texts, max_answer=longest if with_answers else 0)
-    bench.context.apply([])
-    for adapter in made.adapters:
-        bench.case.bed.model.unload(adapter.path)
-    return scores
-
-
-def _exact_match(case: Case, scores: Sequence[Score]) -> float:
-    vocabulary = case.bed.model.vocabulary
-    right = [
-        metrics.exact_match(
-            vocabulary.decode(scored.answer).decode("utf-8", "replace"), references(example)
-        )
-        for scored, example in zip(scores, case.test, strict=True)
-    ]
-    return round(sum(right) / len(right), 4)
 
 
 def read_results(path: Path) -> dict[Key, Row]:

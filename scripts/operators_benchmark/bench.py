@@ -24,7 +24,6 @@ from edgelora.engine.context import Context, open_context
 from edgelora.engine.hidden import head_matrix
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, score
-from edgelora.operators.distances import measure
 from edgelora.signature import Histogram, Signature
 from edgelora.summarise import (
     DEFAULT_N_EMBEDDED,
@@ -130,14 +129,13 @@ class Bench:
         sample = sample_examples(case.support, DEFAULT_N_EMBEDDED, case.seed)
         self.meter.spend(count_embedded_tokens(case.bed.model, sample))
         with open_context(case.bed.model, hidden=True) as context, open_cache() as cache:
-            return summarise_examples(context, case.support, cache=cache, seed=case.seed)
+            return summarise_examples(
+                context, case.support, cache=cache, n_layers=self.pool.n_layers, seed=case.seed
+            )
 
     def nearness(self, distance: str = "bures") -> Nearness:
         """Distances on embeddings to every adapter's dataset, as `build` measures them."""
-        pool, target = self.pool, self.signature()
-        distances = np.full(self.k, np.inf)
-        distances[pool.signed] = measure(distance, target, pool.others, seed=self.case.seed)
-        return Nearness(distance, target, distances)
+        return proposals.compare(self.pool, self.signature(), distance, self.case.seed)
 
     def measured(self) -> Measured:
         """The base's and every single adapter's states on the support lines."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gradient_quality import arms as gradient_arms
 
-from edgelora.build import Listener, Options, build
+from edgelora.build import Options
 from edgelora.build.proposals import ON_LOSSES, propose
 from edgelora.datasets.records import Dataset
 from edgelora.engine.model import WeightedAdapter
-from edgelora.errors import NoImprovement
+from edgelora.leave_one_out.run import build_without
 from operators_benchmark.bench import Bench, Made
 
 
@@ -37,19 +36,14 @@ def make_build(bench: Bench, **options: Any) -> Made:
     Args:
         options: fields of build.Options.
     """
-    case = bench.case
-    hidden = tuple(map(glob.escape, case.bed.hidden(case.task, case.split)))
-    out, planned = bench.new_folder() / "built.gguf", [0]
-    chosen = Options(**{"seed": case.seed, "exclude": hidden, **options})
-    listener = Listener(plan=lambda plan: planned.append(plan.n_tokens))
+    case, bed = bench.case, bench.case.bed
+    out, chosen = bench.new_folder() / "built.gguf", Options(**{"seed": case.seed, **options})
     data = Dataset(Path(case.task), "drawn", case.support, ())
-    bed = case.bed
-    try:
-        built = build(bed.model, bed.bank, data, bed.template, out, chosen, listener)
-    except NoImprovement:
-        bench.meter.spend(planned[-1])  # what it said that it would compute
+    kin = bed.hidden(case.task, case.split)
+    built, n_tokens = build_without(kin, bed.model, bed.bank, data, bed.template, out, chosen)
+    bench.meter.spend(n_tokens)
+    if built is None:
         return Made([], {"chosen": "base"}, np.zeros(bench.k))
-    bench.meter.spend(built.n_tokens)
     found = np.array([built.coefficients.get(name, 0.0) for name in bench.pool.names])
     facts: dict[str, Any] = {"chosen": built.chosen}
     if built.merge is not None:
