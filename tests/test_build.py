@@ -19,6 +19,7 @@ from edgelora.adapters.gguf_lora import open_lora
 from edgelora.bank import Facts, open_bank
 from edgelora.bank.records import signature_path
 from edgelora.build import Built, Listener, Options, Plan, build, pace
+from edgelora.build.records import DEFAULT_BUDGET
 from edgelora.datasets.read import read_dataset
 from edgelora.datasets.records import Dataset, Example
 from edgelora.datasets.split import split_examples
@@ -36,7 +37,8 @@ from edgelora.errors import (
 )
 from edgelora.signature import from_bytes
 
-FORCED = Options(force=True)
+FORWARD = Options(refine="forward")
+FORCED = replace(FORWARD, force=True)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +80,8 @@ def run(
 ) -> Built:  # fmt: skip
     dataset = data if isinstance(data, Dataset) else read_dataset(data)
     used = model_template(model, template)
-    return build(model, open_bank(bank), dataset, used, out, options, (ear or Ear()).listener)
+    listener = (ear or Ear()).listener
+    return build(model, open_bank(bank), dataset, used, out, options or FORWARD, listener)
 
 
 def nothing_left(tmp_path: Path, but: Sequence[str] = ()) -> bool:
@@ -122,7 +125,7 @@ def test_what_is_written_loads_helps_and_tells_how_it_was_made(
     lora = open_lora(out)
     told = json.loads(str(lora.metadata["edgelora.provenance"]))
     assert told["operator"] == built.chosen and told["distance"] == "bures"
-    assert (told["seed"], told["budget_tokens"]) == (0, 60_000)
+    assert (told["seed"], told["budget_tokens"]) == (0, DEFAULT_BUDGET)
     coefficients = {s["name"]: s["coefficient"] for s in told["sources"]}
     assert coefficients == pytest.approx(built.coefficients)
     assert told["distances"] == pytest.approx(
@@ -145,7 +148,7 @@ def test_what_is_written_loads_helps_and_tells_how_it_was_made(
 def test_the_judgement_is_that_of_the_file(world: World, model: Model, out: Path) -> None:
     """With one selection and judged part (under 24 examples) the numbers can be taken again."""
     dataset = read_dataset(world.helped, limit=20)
-    built = run(model, world.bank, dataset, out, Options(operator="halving"))
+    built = run(model, world.bank, dataset, out, replace(FORWARD, operator="halving"))
     assert built.judgement is not None and built.verdict is not None
     assert built.judgement.part == "selection part, optimistic"
     assert built.judgement.n_examples == 6
@@ -225,7 +228,7 @@ def test_same_inputs_same_bytes_with_a_cold_and_a_warm_cache(
 
 
 def test_another_seed_splits_otherwise(world: World, model: Model, out: Path) -> None:
-    built = run(model, world.bank, world.helped, out, Options(seed=5))
+    built = run(model, world.bank, world.helped, out, replace(FORWARD, seed=5))
     assert json.loads(str(open_lora(out).metadata["edgelora.provenance"]))["seed"] == 5
     assert built.judgement is not None
 
@@ -235,7 +238,7 @@ def test_the_budget_is_kept(
     budget: int, world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:
     ear = Ear()
-    options = Options(budget_tokens=budget, force=True)
+    options = replace(FORWARD, budget_tokens=budget, force=True)
     built = run(model, world.bank, world.helped, out, options, ear)
     assert sum(decoded) == built.n_tokens <= budget
     assert ear.plans[0].n_tokens <= budget
@@ -253,8 +256,8 @@ def test_merges_are_counted_by_how_much_of_the_bank_they_sum() -> None:
 
 def slow_machine(monkeypatch: pytest.MonkeyPatch, tokens_per_s: float) -> Options:
     """Options for ten minutes on a machine of such a speed, as the short test finds it."""
-    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: tokens_per_s)
-    return Options(limit_s=600.0, force=True)
+    monkeypatch.setattr(pace, "measure_speed", lambda work, texts: tokens_per_s)
+    return replace(FORWARD, limit_s=600.0, force=True)
 
 
 def test_ten_minutes_of_a_slow_machine_are_its_budget(
@@ -295,9 +298,9 @@ def test_the_speed_is_measured_and_a_fast_machine_keeps_its_budget(
     world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:
     ear = Ear()
-    built = run(model, world.bank, world.helped, out, Options(limit_s=600.0), ear)
+    built = run(model, world.bank, world.helped, out, replace(FORWARD, limit_s=600.0), ear)
     (plan,) = ear.plans
-    assert not plan.is_cut and plan.budget_tokens == 60_000
+    assert not plan.is_cut and plan.budget_tokens == DEFAULT_BUDGET
     assert built.n_tokens == sum(decoded) and decoded[:4] == [
         16,
         64,
@@ -325,7 +328,7 @@ def test_a_small_budget_embeds_and_measures_less_and_says_so(
     prompts = [line["prompt"] + " in the house" * 20 * (i % 2) for i, line in enumerate(lines)]
     data = builds.write_lines(tmp_path / "d.jsonl", prompts, [e["completion"] for e in lines])
     ear = Ear()
-    options = Options(budget_tokens=5_000, operator="nearest", force=True)
+    options = replace(FORWARD, budget_tokens=5_000, operator="nearest", force=True)
     built = run(model, world.bank, data, out, options, ear)
     assert sum(decoded) == built.n_tokens <= 5_000
     assert any("allows to embed" in message for message in built.warnings)
@@ -338,7 +341,7 @@ def test_a_budget_that_is_too_small_is_an_error_that_says_how_much(
     budget: int, world: World, model: Model, out: Path, tmp_path: Path, decoded: list[int]
 ) -> None:
     with pytest.raises(EdgeLoRAError, match=f"budget of {budget:,} tokens is too small.*takes"):
-        run(model, world.bank, world.helped, out, Options(budget_tokens=budget))
+        run(model, world.bank, world.helped, out, replace(FORWARD, budget_tokens=budget))
     assert sum(decoded) <= budget and nothing_left(tmp_path)
 
 
@@ -398,7 +401,7 @@ def test_an_interrupt_leaves_nothing_and_the_old_file(
 
 
 def test_excluded_adapters_take_no_part(world: World, model: Model, out: Path) -> None:
-    built = run(model, world.bank, world.helped, out, Options(exclude=("*0", "adapter3")))
+    built = run(model, world.bank, world.helped, out, replace(FORWARD, exclude=("*0", "adapter3")))
     assert set(built.losses_alone) == {"adapter1", "adapter2"}
     assert set(built.coefficients) <= {"adapter1", "adapter2"}
     with pytest.raises(BankError, match="no adapter is left"):
@@ -420,7 +423,7 @@ def test_without_completions_distances_decide(
     operator: str, chosen: str, world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:
     ear = Ear()
-    built = run(model, world.bank, world.unanswered, out, Options(operator=operator), ear)
+    built = run(model, world.bank, world.unanswered, out, replace(FORWARD, operator=operator), ear)
     assert built.chosen == chosen and built.judgement is None and built.verdict is None
     assert any("no completions" in message for message in ear.heard)
     assert open_lora(out).names and built.distances and not built.losses_alone
@@ -430,7 +433,7 @@ def test_without_completions_distances_decide(
 def test_without_completions_the_budget_is_kept(
     world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:
-    built = run(model, world.bank, world.unanswered, out, Options(budget_tokens=100))
+    built = run(model, world.bank, world.unanswered, out, replace(FORWARD, budget_tokens=100))
     assert 0 < sum(decoded) == built.n_tokens <= 100
     assert any("allows to embed" in message for message in built.warnings)
     with pytest.raises(EdgeLoRAError, match="too small: embedding 1 example"):
@@ -439,13 +442,13 @@ def test_without_completions_the_budget_is_kept(
 
 def test_an_operator_on_losses_needs_completions(world: World, model: Model, out: Path) -> None:
     with pytest.raises(EdgeLoRAError, match="surrogate needs completions"):
-        run(model, world.bank, world.unanswered, out, Options(operator="surrogate"))
+        run(model, world.bank, world.unanswered, out, replace(FORWARD, operator="surrogate"))
 
 
 @pytest.mark.parametrize("what", ["operator", "distance"])
 def test_unknown_names_are_refused(what: str, world: World, model: Model, out: Path) -> None:
     with pytest.raises(EdgeLoRAError, match=f"no {what} is named magic"):
-        run(model, world.bank, world.helped, out, replace(Options(), **{what: "magic"}))
+        run(model, world.bank, world.helped, out, replace(FORWARD, **{what: "magic"}))
 
 
 @pytest.fixture
@@ -473,7 +476,7 @@ def test_adapters_without_a_signature_are_named_and_still_measured(
 def test_without_any_signature_losses_decide(
     unsigned: Path, world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:
-    options = Options(exclude=("adapter0",))
+    options = replace(FORWARD, exclude=("adapter0",))
     stale = signature_path(out, model.base.identity.id)
     stale.write_bytes(b"of an adapter that this one replaces")
     built = run(model, unsigned, world.helped, out, options)
@@ -494,7 +497,7 @@ def test_an_adapter_whose_loss_is_not_a_number_is_named(
         bank.add(peft, base, name=name, dtype="f32")
     with pytest.raises(EngineError, match="not a number\n  - wild\n.*--exclude wild"):
         run(model, bank.path, world.helped, out)
-    run(model, bank.path, world.helped, out, Options(exclude=("wild",)))
+    run(model, bank.path, world.helped, out, replace(FORWARD, exclude=("wild",)))
 
 
 def test_another_template_is_said(world: World, model: Model, out: Path) -> None:
@@ -516,7 +519,9 @@ def test_one_prompt_is_too_few(world: World, model: Model, out: Path, tmp_path: 
 def test_how_to_combine_is_the_persons_choice(
     combine: str, rank: int | str, world: World, model: Model, out: Path
 ) -> None:
-    options = Options(operator="uniform", combine=combine, rank=rank, dtype="f32", force=True)
+    options = replace(
+        FORWARD, operator="uniform", combine=combine, rank=rank, dtype="f32", force=True
+    )
     built = run(model, world.bank, world.helped, out, options)
     assert built.merge.method == combine and list(built.support_losses) == ["uniform mean"]
     assert built.merge.max_rank == {"cat": 16, "svd": 2, "linear": 4}[combine]

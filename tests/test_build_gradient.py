@@ -20,9 +20,11 @@ from edgelora.adapters.gguf_lora import open_lora
 from edgelora.adapters.merge import MergeReport
 from edgelora.adapters.provenance import read_coefficients
 from edgelora.bank import Facts, open_bank
+from edgelora.bank.records import signature_path
 from edgelora.build import Built, Listener, Options, Plan, build, gradients, refining
-from edgelora.build.records import PassLoss
+from edgelora.build.records import CROSSED, PassLoss
 from edgelora.datasets.read import read_dataset
+from edgelora.datasets.records import Dataset
 from edgelora.engine.context import Context, Row
 from edgelora.engine.model import Model, open_model
 from edgelora.engine.prepare import model_template
@@ -196,9 +198,9 @@ def test_weights_may_be_shared(
     """Two layers of three adapted matrices each, adapters of rank 4."""
     real, seen = refining.write_combination, []
 
-    def spying(*arguments: Any, by_tensor: dict[str, np.ndarray], **more: Any) -> MergeReport:
-        seen.append(by_tensor)
-        return real(*arguments, by_tensor=by_tensor, **more)
+    def spying(*arguments: Any) -> MergeReport:
+        seen.append(arguments[-1].by_tensor)
+        return real(*arguments)
 
     monkeypatch.setattr(refining, "write_combination", spying)
     options = replace(SHORT, operator="uniform", weights=weights, force=True, passes=6)
@@ -244,6 +246,39 @@ def test_the_blocks_inputs_go_to_a_file_where_memory_is_short(
     run(model, world, world.helped, out, replace(SHORT, force=True), ear)
     assert ear.plans[0].gradient is not None and ear.plans[0].gradient.on_disk
     assert out.read_bytes() == before and not list(out.parent.glob("*.refine"))
+
+
+# Few examples
+
+
+FEW = replace(SHORT, operator="uniform", combine="cat", dtype="f32", force=True)
+
+
+def few(world: World, n: int = 12) -> Dataset:
+    data = read_dataset(world.helped)
+    return replace(data, examples=data.examples[:n])
+
+
+def test_few_examples_are_all_learned_from_and_cross_validated(
+    world: World, model: Model, out: Path
+) -> None:
+    """The arbiter's losses, by llama.cpp, are those that the descent's folds were held out with."""
+    ear = Ear()
+    built = build(
+        model, open_bank(world.bank), few(world), model_template(model), out, FEW, ear.listener
+    )
+    refined, judged, verdict = built.refined, built.judgement, built.verdict
+    assert refined is not None and judged is not None and verdict is not None
+    assert refined.n_examples == 12 and built.chosen == "gradient"
+    assert (judged.part, judged.n_examples) == (CROSSED, 12)
+    rows = {row.name: row.loss for row in verdict.table}
+    assert rows["gradient"] == judged.adapter_loss
+    assert rows["gradient"] == pytest.approx(refined.held_out_losses[refined.n_passes], rel=2e-3)
+    assert built.support_losses["gradient"] < rows["gradient"]  # what has been seen flatters
+    assert built.n_tokens <= FEW.budget_tokens
+    assert {p.name for p in out.parent.iterdir()} == {
+        out.name, signature_path(out, model.base.identity.id).name
+    }  # fmt: skip
 
 
 # Budgets
@@ -413,7 +448,7 @@ def test_what_needs_completions_is_refused(
     [(Options(operator="none"), "combines nothing"),
      (replace(SHORT, operator="none", polish=1), "combines nothing"),
      (replace(SHORT, combine="linear"), "linear averages factors"),
-     (Options(objective="entropy"), "an objective is for gradients"),
+     (Options(refine="forward", objective="entropy"), "an objective is for gradients"),
      (Options(refine="magic"), "no refinement is named magic"),
      (replace(SHORT, weights="magic"), "no kind of weights is named magic"),
      (replace(SHORT, objective="magic"), "no objective is named magic")],

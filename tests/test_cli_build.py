@@ -31,8 +31,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(world: World, data: Path, out: Path, *more: object) -> tuple[object, ...]:
+    """A build by forward passes, unless another refinement is asked for."""
+    refine = () if "--refine" in more else ("--refine", "forward")
     return ("build", "--base", world.base, "--bank", world.bank, "--data", data, "-o", out,
-            "--threads", 1, *more)  # fmt: skip
+            "--threads", 1, *refine, *more)  # fmt: skip
 
 
 def test_the_plan_the_table_and_what_was_written(world: World, tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_the_plan_the_table_and_what_was_written(world: World, tmp_path: Path) -
     assert "helped.jsonl: 32 examples" in plan
     assert "16 examples to find coefficients (support), 8 to choose (selection), 8 unt" in plan
     assert "4 of 4 adapters measured on 16 examples" in plan
-    assert "at most 60,000 (--budget)" in plan and "tokens/s about" in plan
+    assert "at most 120,000 (--budget)" in plan and "tokens/s about" in plan
     shown = result.stdout
     for name in ("base", "uniform mean", "nearest", "mixture", "least loss", "loss-weighted",
                  "surrogate, penalty"):  # fmt: skip
@@ -122,7 +124,7 @@ def test_a_slow_machine_s_budget_is_told_recorded_and_kept(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "a.gguf"
-    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: 11.2)
+    monkeypatch.setattr(pace, "measure_speed", lambda work, texts: 11.2)
     first = run(*words(world, world.helped, out))
     assert first.exit_code == 0, first.output
     assert "at most 6,000 (what 10 min allow here; --budget allows more)" in first.stderr
@@ -131,7 +133,7 @@ def test_a_slow_machine_s_budget_is_told_recorded_and_kept(
     given = run(*words(world, world.helped, tmp_path / "b.gguf", "--budget", 12_000))
     assert "at most 12,000 (--budget)" in given.stderr
     # The speed of another day changes nothing in a build that was measured.
-    monkeypatch.setattr(pace, "_measure_speed", lambda work, texts: 900.0)
+    monkeypatch.setattr(pace, "measure_speed", lambda work, texts: 900.0)
     again = run(*words(world, world.helped, out, "--force"))
     assert "begins at the merge" in again.stderr and out.read_bytes() == whole
 

@@ -130,21 +130,27 @@ def test_float32_stays_float32() -> None:
 
 
 def test_every_example_is_held_out_once() -> None:
-    folds = make_folds(7, 3, seed=1)
+    folds = make_folds(range(7), 3, seed=1)
     assert sorted(i for fold in folds for i in fold.held_out) == list(range(7))
     assert all(sorted(fold.seen + fold.held_out) == list(range(7)) for fold in folds)
     assert sorted(len(fold.held_out) for fold in folds) == [2, 2, 3]
-    assert make_folds(7, 0, seed=1)[0].seen == tuple(range(7))
+    assert make_folds(range(7), 0, seed=1)[0].seen == tuple(range(7))
+
+
+def test_examples_of_one_prompt_are_held_out_together() -> None:
+    folds = make_folds("aabcdaae", 2, seed=3)
+    assert [len({0, 1, 5, 6} & set(fold.held_out)) for fold in folds] in ([0, 4], [4, 0])
+    assert sorted(i for fold in folds for i in fold.held_out) == list(range(8))
 
 
 @pytest.mark.parametrize("n_folds", [1, 4])
 def test_too_few_or_too_many_folds_are_refused(n_folds: int) -> None:
-    with pytest.raises(EdgeLoRAError, match="of 3 examples"):
-        make_folds(3, n_folds, seed=0)
+    with pytest.raises(EdgeLoRAError, match="of 3 different prompts"):
+        make_folds("aabc", n_folds, seed=0)
 
 
 def test_a_pass_shows_every_example_once_in_another_order() -> None:
-    folds = make_folds(9, 0, seed=0)
+    folds = make_folds(range(9), 0, seed=0)
     first, second = (units_of_pass(folds, number, 4, seed=0) for number in (1, 2))
     assert [len(unit.positions) for unit in first] == [4, 4, 1]
     assert sorted(i for unit in first for i in unit.positions) == list(range(9))
@@ -155,7 +161,7 @@ def test_a_pass_shows_every_example_once_in_another_order() -> None:
 
 
 def test_each_fold_is_judged_by_what_it_did_not_see() -> None:
-    folds = make_folds(6, 2, seed=0)
+    folds = make_folds(range(6), 2, seed=0)
     units = units_of_pass(folds, 1, 2, seed=0)
     assert [unit.held_out for unit in units] == [False, False, True] * 2
     for number, fold in enumerate(folds):
@@ -217,7 +223,7 @@ def test_tokens_are_counted_as_planned(decoder: Decoder, bank: list[LoraFile]) -
     texts = examples(4)
     options = DescentOptions(n_passes=2, batch_size=0, n_folds=2, patience=9, step=0.01)
     found = descend(decoder, bank, texts, np.zeros(3), options)
-    folds = make_folds(4, 2, 0)
+    folds = make_folds(range(4), 2, 0)
 
     def rows(positions: Sequence[int]) -> int:
         return decoder.count_rows([texts[i] for i in positions], PassOptions())
@@ -236,7 +242,7 @@ def test_held_out_losses_are_those_of_what_was_not_seen(
     options = DescentOptions(n_passes=1, batch_size=0, n_folds=2, step=0.01)
     found = descend(decoder, bank, texts, start, options)
     scores, alone = [], []
-    for fold in make_folds(4, 2, 0):
+    for fold in make_folds(range(4), 2, 0):
         seen = [texts[i] for i in fold.seen]
         part = descend(decoder, bank, seen, start, dataclasses.replace(options, n_folds=0))
         alone.append(part.coefficients)
@@ -328,7 +334,7 @@ def stop_on(*losses: float, n_passes: int = 9, patience: int = 2, n_folds: int =
         Recorded(),
         examples(4),
         Adam(step=1.0, momentum=0.0, memory=0.0),
-        Schedule(n_passes, 0, n_folds, patience, 0),
+        Schedule(n_passes, 0, n_folds, patience, 0, (0, 1, 2, 3)),
         PassOptions(),
         key="",
     )
@@ -349,7 +355,9 @@ def test_it_stops_at_the_best_of_a_recorded_curve(
     losses: tuple[float, ...], best: int, n_done: int
 ) -> None:
     state = stop_on(*losses)
-    assert state.tally.best_pass == best and state.best == pytest.approx([-best])
+    assert state.tally.best_pass == best and np.concatenate(state.best) == pytest.approx(
+        [-best] * 2
+    )
     assert len(state.tally.held_out_losses) == n_done + 1
     assert state.tally.held_out_losses == pytest.approx(losses[: n_done + 1])
 
@@ -467,11 +475,12 @@ def test_another_descent_s_state_is_refused(
 
 
 def test_damaged_states_are_refused() -> None:
-    state = Checkpoint("k", (begin(np.zeros(2)), begin(np.ones(2))), np.zeros(2), Tally(unit=3))
+    tracks = (begin(np.zeros(2)), begin(np.ones(2)))
+    state = Checkpoint("k", tracks, (np.zeros(2), np.ones(2)), Tally(unit=3))
     data = state.to_bytes()
     back = from_bytes(data)
     assert back.to_bytes() == data and back.tally == state.tally and back.key == "k"
-    uneven = dataclasses.replace(state, best=np.zeros(3))
+    uneven = dataclasses.replace(state, best=(np.zeros(2), np.zeros(3)))
     for bad in (b"", data[:-3], data.replace(b"n_steps", b"m_steps"), uneven.to_bytes()):
         with pytest.raises(InvalidFile, match="not a sound state"):
             from_bytes(bad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from edgelora.build.finish import write_combination
 from edgelora.build.gradients import open_decoder_and_adapters, sampled, threads
 from edgelora.build.proposals import ACTIVATED, Nearness
 from edgelora.build.records import count_steps
-from edgelora.build.trials import NEGLIGIBLE, Trial, try_scales
+from edgelora.build.trials import NEGLIGIBLE, Recipe, Trial, try_scales
 from edgelora.build.work import Work
 from edgelora.engine.context import Context
 from edgelora.engine.score import TokenisedExample
@@ -54,13 +54,13 @@ def open_activations(
     """
     if operator not in ACTIVATED:
         return None
-    decoder, files = open_decoder_and_adapters(
+    opened = open_decoder_and_adapters(
         work, f"The operator {operator} needs them. Choose --operator mixture or uniform."
     )
     prompts = prompts_of(sampled(examples, work.options.seed))
-    n_tokens = decoder.count_rows(prompts, PassOptions())
+    n_tokens = opened.decoder.count_rows(prompts, PassOptions())
     work.spend(n_tokens, f"the activations of {len(prompts)} prompt(s)")
-    return Activations(operator, decoder, files, prompts)
+    return Activations(operator, opened.decoder, opened.adapters, prompts)
 
 
 def weigh(work: Work, opened: Activations) -> dict[str, Array]:
@@ -98,11 +98,11 @@ def make_activated(
     rows = {n: (scale * row).astype(np.float16).astype(float) for n, row in weights.items()}
     names, table = list(rows), np.array(list(rows.values()))
     means = [mean_coefficient(table[:, i], names, f.ranks) for i, f in enumerate(opened.adapters)]
-    told = {"prompts": len(opened.prompts)}
+    recipe = Recipe({"prompts": len(opened.prompts)}, rows)
     candidate = Candidate(name, np.array(means))
     path = folder / f"{name}-{scale:g}.gguf"
-    merge = write_combination(work, candidate, nearness, path, by_tensor=rows, told=told)
-    return Trial(candidate, path, is_final=True, merge=merge)
+    merge = write_combination(work, candidate, nearness, path, recipe)
+    return Trial(candidate, path, is_final=True, merge=merge, recipe=recipe)
 
 
 def try_activated(
@@ -118,8 +118,8 @@ def try_activated(
     first = make_activated(work, opened, weights, nearness, folder)
     tried = try_scales(context, first, shown, work.budget)
     if tried.candidate.scale == 1.0:
-        return Trial(first.candidate, first.path, tried.loss, is_final=True, merge=first.merge)
+        return replace(first, loss=tried.loss)
     context.apply([])
     context.model.unload(first.path)
     best = make_activated(work, opened, weights, nearness, folder, tried.candidate.scale)
-    return Trial(best.candidate, best.path, tried.loss, is_final=True, merge=best.merge)
+    return replace(best, loss=tried.loss)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from edgelora.build.crossing import assign_folds, count_crossed_tokens, part_of
+from edgelora.build.crossing import assign_folds, count_crossed_tokens
 from edgelora.build.search import release
 from edgelora.build.trials import Trial, make_trial, score_trial
 from edgelora.build.work import MOST_COMPARED, Parts, Work, count_compared, count_compared_tokens
@@ -96,21 +96,33 @@ def cross_score(
     folder: Path,
 ) -> list[Score]:
     """Scores of the examples, each under the coefficients that were found without its fold."""
-    folds = assign_folds(examples)
     scores: dict[int, Score] = {}
-    for fold, weights in zip(np.unique(folds), trial.folds, strict=True):
-        other: Trial | None = trial
-        if not weights.any():
-            other = None  # nothing is added to the base
-        elif not np.allclose(weights, trial.weights, atol=1e-4):
-            other = make_trial(f"fold {fold}", weights, paths, folder)
-        found = score_trial(context, other, part_of(examples, folds == fold))
-        scores.update(zip(np.flatnonzero(folds == fold).tolist(), found, strict=True))
+    for positions, other in _without_each_fold(trial, examples, paths, folder):
+        found = score_trial(context, other, [examples[i] for i in positions])
+        scores.update(zip(positions, found, strict=True))
         if other is not None and other is not trial:
             release(context, other.path)
             if other.path.parent == folder:
                 other.path.unlink()
     return [scores[i] for i in range(len(examples))]
+
+
+def _without_each_fold(
+    trial: Trial, examples: Sequence[TokenisedExample], paths: Sequence[Path], folder: Path
+) -> Iterator[tuple[list[int], Trial | None]]:
+    """Positions of examples, and what was found without them; None adds nothing to the base."""
+    for held_out in trial.held_out:
+        yield list(held_out.positions), replace(trial, path=held_out.path)
+    if trial.held_out:
+        return
+    folds = assign_folds(examples)
+    for fold, weights in zip(np.unique(folds), trial.folds, strict=True):
+        other: Trial | None = trial
+        if not weights.any():
+            other = None
+        elif not np.allclose(weights, trial.weights, atol=1e-4):
+            other = make_trial(f"fold {fold}", weights, paths, folder)
+        yield np.flatnonzero(folds == fold).tolist(), other
 
 
 def _settle(work: Work, parts: Parts, examples: Sequence[TokenisedExample], n_trials: int) -> None:

@@ -19,8 +19,11 @@ _UNCROSSED = frozenset(WARM_STARTS) - {"relinearised"} | frozenset(ACTIVATED)
 
 
 def is_crossed(options: Options) -> bool:
-    """Whether all candidates of a build can be fitted again without a fold, at no more passes."""
-    return not options.needs_gradients and options.operator not in (NONE, *_UNCROSSED)
+    """Whether all candidates of a build can be fitted again without a fold, at no more passes.
+
+    Descents on coefficients can: each of their folds has not seen some of the examples.
+    """
+    return not options.polish and options.operator not in (NONE, *_UNCROSSED)
 
 
 def assign_folds(examples: Sequence[TokenisedExample], n_folds: int = N_FOLDS) -> NDArray[np.int64]:

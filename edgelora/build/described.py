@@ -11,7 +11,7 @@ from edgelora.build.measuring import plan_unmeasured
 from edgelora.build.proposals import ACTIVATED, NONE, ON_LOSSES, Nearness, compare, propose
 from edgelora.build.records import Built, Listener, Options
 from edgelora.build.run import folder_beside, open_work
-from edgelora.build.trials import Trial, settled
+from edgelora.build.trials import Recipe, Trial, settled
 from edgelora.build.work import Work
 from edgelora.datasets.template import Template
 from edgelora.embedding_cache import open_cache
@@ -60,9 +60,8 @@ def build_described(
     told = {"description": description}
     candidate = Candidate(name, settled(coefficients))
     with folder_beside(out):
-        merge = publish_unjudged(
-            work, nearness, partial(write_combination, work, candidate, nearness, told=told)
-        )
+        write = partial(write_combination, work, candidate, nearness, recipe=Recipe(told))
+        merge = publish_unjudged(work, nearness, write)
     return make_built(work, Trial(candidate, out), nearness, None, {}, merge)
 
 

@@ -1,6 +1,7 @@
 """What a build found, kept by the hash of all that it depends on: the same one starts at the merge.
 
-Only what measured losses chose among sums of the bank's adapters, and what beat the base.
+Only what measured losses chose among sums of the bank's adapters, and what beat the base: not what
+was trained, nor what a person had interrupted.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora import __version__
-from edgelora.build.finish import make_built, publish_unjudged, write_combination
+from edgelora.build.finish import PLAIN, make_built, publish_unjudged, write_combination
 from edgelora.build.kept import Shelf
 from edgelora.build.measuring import plan_repeated
 from edgelora.build.pool import Pool
-from edgelora.build.proposals import ACTIVATED, Nearness
-from edgelora.build.records import Built, Judgement
-from edgelora.build.trials import Budget, Trial
+from edgelora.build.proposals import Nearness
+from edgelora.build.records import Built, Judgement, Refined
+from edgelora.build.trials import Budget, Recipe, Trial
 from edgelora.build.work import Work
 from edgelora.datasets.records import Example
 from edgelora.engine.native import version as llama_cpp_version
@@ -32,9 +33,9 @@ from edgelora.operators.arbiter import Candidate, Row, Verdict
 from edgelora.signature import from_bytes
 
 BUILDS = Shelf("builds", ".json", 32 << 20)
-_FORMAT = 1
+_FORMAT = 2
 # Its weights are in a file of the bank that the key does not cover.
-_NOT_KEPT = frozenset({*ACTIVATED, "neural"})
+_NOT_KEPT = "neural"
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError, InvalidFile)
 Array = NDArray[np.float64]
 
@@ -44,15 +45,17 @@ class Earlier:
     """The end of an earlier build.
 
     Attributes:
-        candidate: what was chosen.
+        candidate, recipe: what was chosen.
         budget_tokens: that the earlier build had.
         warnings: that it gave.
     """
 
     candidate: Candidate
+    recipe: Recipe
     nearness: Nearness | None
     verdict: Verdict
     judgement: Judgement
+    refined: Refined | None
     losses_alone: dict[str, float]
     support_losses: dict[str, float]
     budget_tokens: int
@@ -87,7 +90,7 @@ def remember(
     work: Work,
     examples: Sequence[Example],
     built: Built,
-    candidate: Candidate,
+    trial: Trial,
     nearness: Nearness | None,
 ) -> None:
     """Keep the end of a build, unless only --force had it written.
@@ -98,6 +101,9 @@ def remember(
     judged, verdict = built.judgement, built.verdict
     if not _is_kept(work) or judged is None or verdict is None or verdict.chosen is None:
         return
+    if work.was_interrupted:
+        return
+    candidate = trial.candidate
     if judged.adapter_loss >= judged.base_loss:
         return
     told = {
@@ -114,6 +120,8 @@ def remember(
         "budget_tokens": work.budget.n_tokens,
         "warnings": work.warnings,
         "nearness": _pack_nearness(nearness),
+        "recipe": trial.recipe and _pack_recipe(trial.recipe),
+        "refined": built.refined and asdict(built.refined),
     }
     data = json.dumps(told).encode()
     BUILDS.keep(_key(work, examples), len(data), lambda path: path.write_bytes(data))
@@ -123,24 +131,24 @@ def build_again(work: Work, earlier: Earlier) -> Built:
     """The file of a build whose end is known: nothing is measured again."""
     candidate, nearness = earlier.candidate, earlier.nearness
     work.listener.plan(plan_repeated(work))
-    write = partial(write_combination, work, candidate, nearness)
+    write = partial(write_combination, work, candidate, nearness, recipe=earlier.recipe)
     merge = publish_unjudged(work, nearness, write)
     trial = Trial(candidate, work.out)
     built = make_built(work, trial, nearness, None, earlier.support_losses, merge)
     return replace(
         built, losses_alone=earlier.losses_alone, verdict=earlier.verdict,
-        judgement=earlier.judgement,
+        judgement=earlier.judgement, refined=earlier.refined,
     )  # fmt: skip
 
 
 def _is_kept(work: Work) -> bool:
     options = work.options
-    return options.reuse and not options.needs_gradients and options.operator not in _NOT_KEPT
+    return options.reuse and not options.polish and options.operator != _NOT_KEPT
 
 
 def _key(work: Work, examples: Sequence[Example]) -> str:
     """Of the base, the bank, the examples, the options, and what the last bits depend on."""
-    base, options, pool = work.model.base, replace(work.options, force=False), work.pool
+    base, options, pool = work.model.base, replace(work.asked, force=False), work.pool
     opened = work.model.options
     facts = {
         "format": [_FORMAT, __version__, llama_cpp_version(), np.__version__],
@@ -169,6 +177,34 @@ def _pack_nearness(nearness: Nearness | None) -> dict[str, Any] | None:
     return {"distance": nearness.distance, "target": target, "distances": distances}
 
 
+def _pack_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Coefficients as float16, which is what they are rounded to; adapters without any left out."""
+    used = sorted({int(i) for row in recipe.by_tensor.values() for i in np.nonzero(row)[0]})
+    rows = {}
+    for name, row in recipe.by_tensor.items():
+        values = base64.b64encode(row[used].astype(np.float16).tobytes())
+        rows[name] = [list(row.shape[1:]), values.decode()]
+    return {"told": dict(recipe.told), "used": used, "rows": rows}
+
+
+def _unpack_recipe(told: Mapping[str, Any], k: int) -> Recipe:
+    used, rows = [int(i) for i in told["used"]], {}
+    if not used or min(used) < 0 or max(used) >= k:
+        raise ValueError(f"adapters {used} of {k}")
+    for name, (shape, text) in told["rows"].items():
+        values = np.frombuffer(base64.b64decode(text), np.float16).reshape(len(used), *shape)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name}: coefficients that are no numbers")
+        rows[name] = np.zeros((k, *shape))
+        rows[name][used] = values
+    return Recipe(dict(told["told"]), rows)
+
+
+def _refined(told: Mapping[str, Any]) -> Refined:
+    losses = {name: tuple(told[name]) for name in ("support_losses", "held_out_losses")}
+    return Refined(**{**told, **losses})
+
+
 def _unpack(told: Mapping[str, Any], pool: Pool) -> Earlier:
     """What `remember` kept; raises one of _MALFORMED for anything else."""
     k, near, judged = len(pool.records), told["nearness"], dict(told["judgement"])
@@ -176,11 +212,13 @@ def _unpack(told: Mapping[str, Any], pool: Pool) -> Earlier:
     candidate = Candidate(told["chosen"], _array(told["coefficients"], k), float(told["scale"]))
     return Earlier(
         candidate,
+        _unpack_recipe(told["recipe"], k) if told["recipe"] else PLAIN,
         near and Nearness(near["distance"], from_bytes(base64.b64decode(near["target"])),
                           _array(near["distances"], k)),
         Verdict(candidate, told["position"], told["base_loss"],
                 tuple(Row(**row) for row in told["table"]), tuple(told["reasons"])),
         Judgement(**judged),
+        _refined(told["refined"]) if told["refined"] else None,
         told["losses_alone"],
         told["support_losses"],
         int(told["budget_tokens"]),

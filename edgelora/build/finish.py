@@ -22,7 +22,7 @@ from edgelora.adapters.merge import (
 from edgelora.bank.records import signature_path
 from edgelora.build.proposals import Measured, Nearness
 from edgelora.build.records import CROSSED, Built, Judgement, count_steps
-from edgelora.build.trials import Trial
+from edgelora.build.trials import Recipe, Trial
 from edgelora.build.work import Parts, Work
 from edgelora.engine.context import Context, open_context
 from edgelora.engine.model import WeightedAdapter
@@ -32,6 +32,7 @@ from edgelora.files import publish, write_atomic
 from edgelora.operators.arbiter import Candidate
 
 Array = NDArray[np.float64]
+PLAIN = Recipe({})
 
 
 def write_trial(
@@ -49,26 +50,22 @@ def write_combination(
     candidate: Candidate,
     nearness: Nearness | None,
     path: Path,
-    *,
-    by_tensor: Mapping[str, Array] | None = None,
-    told: Mapping[str, object] | None = None,
+    recipe: Recipe = PLAIN,
 ) -> MergeReport:
     """Combine a candidate's adapters as the options ask, with all that tells how it was made.
 
     Args:
-        by_tensor: coefficients for each tensor, (k,) or for each component (k, r), in place of the
-            candidate's own.
-        told: what joins the provenance.
+        recipe: with coefficients for each tensor in place of the candidate's own.
 
     Raises:
         EdgeLoRAError: every coefficient is zero.
     """
     options, pool = work.options, work.pool
-    rows = by_tensor or {"": candidate.coefficients * candidate.scale}
+    rows = recipe.by_tensor or {"": candidate.coefficients * candidate.scale}
     used = np.flatnonzero(np.any([row.reshape(len(row), -1).any(1) for row in rows.values()], 0))
     paths = [pool.paths[i] for i in used]
     kept = {name: row[used] for name, row in rows.items()}
-    coefficients = _own_tensors(kept, paths) if by_tensor else kept[""].tolist()
+    coefficients = _own_tensors(kept, paths) if recipe.by_tensor else kept[""].tolist()
     return merge_adapters(
         paths,
         coefficients,
@@ -77,7 +74,7 @@ def write_combination(
         rank=options.rank,
         dtype=options.dtype,
         metadata={"edgelora.template": work.template.key, "edgelora.name": work.out.stem},
-        provenance=_account(work, candidate, used.tolist(), nearness) | dict(told or {}),
+        provenance=_account(work, candidate, used.tolist(), nearness) | dict(recipe.told),
         progress=count_steps(
             "combining the chosen adapters, tensors",
             next((len(open_lora(path).plan) for path in paths), 0),

@@ -60,7 +60,7 @@ def begin_search(
     with open_context(model, hidden=True) as context:
         nearness = find_nearness(context, pool, examples, DEFAULT_DISTANCE, seed)
         positions, shown = shortlist(pool, texts, nearness, int(SHARE_FOR_ADAPTERS * budget.left))
-        if not needs_losses(Options(operator=operator)):
+        if not needs_losses(Options(operator=operator, refine="forward")):
             positions = []
         budget.take((1 + len(positions)) * count_tokens(shown))
         measured = measure_adapters(context, pool, positions, shown)

@@ -16,7 +16,7 @@ from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
 from edgelora.build.proposals import count_candidates
-from edgelora.build.records import GradientPlan
+from edgelora.build.records import GradientPlan, Options
 from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import Work
 from edgelora.engine.score import TokenisedExample, count_tokens
@@ -27,6 +27,7 @@ from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.descent import (
     DescentOptions,
     count_descent_tokens,
+    count_folds,
     objective_examples,
     rank_adapters,
 )
@@ -82,35 +83,53 @@ class Gradients:
         return _texts(self.examples, self.descent)
 
 
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """The base and the pool's adapters, opened for passes in numpy."""
+
+    decoder: Decoder
+    adapters: list[LoraFile]
+
+
 def open_gradients(
-    work: Work, support: Sequence[TokenisedExample], scratch: Path, has_completions: bool
+    work: Work,
+    support: Sequence[TokenisedExample],
+    scratch: Path,
+    has_completions: bool,
+    *,
+    opened: Opened | None = None,
+    seconds: float = math.inf,
 ) -> Gradients:
     """Open the base, test its speed, reserve what the passes cost and put that in `work`.
 
     Args:
         scratch: a folder that is made if the blocks' inputs do not fit the memory.
+        opened: what is open already.
+        seconds: that all passes may take, forward ones too; a descent takes one at least.
 
     Raises:
         UnsupportedFile: a base, or an adapter, whose gradient is not known; it is named.
         EdgeLoRAError: texts that are too long, or a budget too small for one pass.
     """
     options = work.options
-    decoder, files = open_decoder_and_adapters(
+    opened = opened or open_decoder_and_adapters(
         work, "Use --refine forward without --polish: it needs no gradients."
     )
+    decoder, files = opened.decoder, opened.adapters
     examples = sampled(support, options.seed)
-    descent = _descent_options(work, len(examples), has_completions)
+    descent = _descent_options(work.options, has_completions)
     polish = PolishOptions(n_passes=options.polish, seed=options.seed) if options.polish else None
     texts = _texts(examples, descent)
     memory, passes = _memory(work, decoder, texts, files, scratch)
     speed = _test_speed(work, decoder, texts, files, passes)
-    descent, n_descent = _reserve(work, decoder, examples, descent, polish, passes)
+    allowed = int(min(work.budget.left, seconds * speed))
+    descent, n_descent = _reserve(work, decoder, examples, descent, polish, passes, allowed)
     n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
     work.gradient = GradientPlan(
         n_examples=len(examples),
         n_rows=decoder.count_rows(texts, passes),
         n_passes=descent.n_passes if descent else 0,
-        n_folds=descent.n_folds if descent else 0,
+        n_folds=count_folds(examples, descent) if descent else 0,
         n_polish=options.polish,
         n_tokens=n_descent + n_polish,
         tokens_per_s=speed,
@@ -150,8 +169,8 @@ def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
     )
 
 
-def open_decoder_and_adapters(work: Work, hint: str) -> tuple[Decoder, list[LoraFile]]:
-    """The base and the pool's adapters, opened for passes in numpy.
+def open_decoder_and_adapters(work: Work, hint: str) -> Opened:
+    """The base and the pool's adapters.
 
     Args:
         hint: what to do where they cannot be.
@@ -165,7 +184,23 @@ def open_decoder_and_adapters(work: Work, hint: str) -> tuple[Decoder, list[Lora
         refuse_misfits(files, decoder.base)
     except UnsupportedFile as error:
         raise UnsupportedFile(error.what, problems=error.problems, hint=hint) from error
-    return decoder, files
+    return Opened(decoder, files)
+
+
+def count_first_pass(
+    work: Work, opened: Opened, support: Sequence[TokenisedExample], has_completions: bool
+) -> int:
+    """Tokens that a descent of a single pass takes, with the ranking and all that is not of it.
+
+    Comparisons are set aside already or not counted here.
+    """
+    examples = sampled(support, work.options.seed)
+    descent = _descent_options(work.options, has_completions)
+    assert descent is not None
+    fixed, each = _costs(opened.decoder, examples, descent, PassOptions())
+    polish = PolishOptions(n_passes=work.options.polish)
+    n_polish = count_polish_tokens(opened.decoder, examples, polish) if polish.n_passes else 0
+    return fixed + each + n_polish + _others(work, examples)
 
 
 def _texts(
@@ -174,14 +209,12 @@ def _texts(
     return objective_examples(examples, descent.objective if descent else "loss")
 
 
-def _descent_options(work: Work, n_examples: int, has_completions: bool) -> DescentOptions | None:
-    options = work.options
+def _descent_options(options: Options, has_completions: bool) -> DescentOptions | None:
     if options.refine != "gradient":
         return None
     return DescentOptions(
         weights=options.weights,
         n_passes=options.passes,
-        n_folds=DescentOptions().n_folds if n_examples > 1 else 0,  # one cannot be held out
         seed=options.seed,
         objective=options.objective or ("loss" if has_completions else "prompts"),
     )
@@ -194,8 +227,12 @@ def _reserve(
     descent: DescentOptions | None,
     polish: PolishOptions | None,
     passes: PassOptions,
+    allowed: int,
 ) -> tuple[DescentOptions | None, int]:
     """Set tokens aside for as many passes as the budget allows, and as were asked for.
+
+    Args:
+        allowed: tokens that all that is left to do may take, where time allows fewer.
 
     Returns:
         The descent with these passes, and the tokens that it and the ranking take.
@@ -204,13 +241,8 @@ def _reserve(
     if descent is None:
         work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
         return None, 0
-    none, one = (
-        count_descent_tokens(decoder, examples, replace(descent, n_passes=n), passes)
-        for n in (0, 1)
-    )
-    ranking = GRADIENT_COST * decoder.count_rows(_texts(examples, descent), passes)
-    fixed, each = none + ranking, one - none
-    spare = work.budget.left - n_polish - _others(work, examples)
+    fixed, each = _costs(decoder, examples, descent, passes)
+    spare = min(work.budget.left, allowed) - n_polish - _others(work, examples)
     n_passes = max(1, min(descent.n_passes, (spare - fixed) // each))
     work.spend(
         fixed + n_passes * each + n_polish,
@@ -218,11 +250,27 @@ def _reserve(
         + (f" and {work.options.polish} on factors" if polish else ""),
     )
     if n_passes < descent.n_passes:
+        why = "the time" if allowed < work.budget.left + fixed + n_passes * each else "the budget"
         work.warn(
-            f"the budget allows {n_passes} gradient pass(es) of {descent.n_passes}; one takes "
+            f"{why} allows {n_passes} gradient pass(es) of {descent.n_passes}; one takes "
             f"{each:,} tokens"
         )
     return replace(descent, n_passes=n_passes), fixed + n_passes * each
+
+
+def _costs(
+    decoder: Decoder,
+    examples: list[TokenisedExample],
+    descent: DescentOptions,
+    passes: PassOptions,
+) -> tuple[int, int]:
+    """Tokens of the ranking and of looking at the start, and of each pass."""
+    none, one = (
+        count_descent_tokens(decoder, examples, replace(descent, n_passes=n), passes)
+        for n in (0, 1)
+    )
+    ranking = GRADIENT_COST * decoder.count_rows(_texts(examples, descent), passes)
+    return none + ranking, one - none
 
 
 def _others(work: Work, examples: Sequence[TokenisedExample]) -> int:

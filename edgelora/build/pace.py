@@ -24,6 +24,7 @@ from edgelora.engine.context import Row, open_context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import InvalidFile
+from edgelora.gradient.descent import DescentOptions
 
 _N_WARM, _N_TIMED, _N_TIMES = 16, 64, 3
 _SHARE_OF_PASSES = 0.9
@@ -48,8 +49,8 @@ def cut_to_time(work: Work, parts: Parts) -> Parts:
     limit_s = work.options.limit_s
     if not math.isfinite(limit_s):
         return parts
-    speed = _measure_speed(work, parts.support)
-    allowed = _rounded(speed * _seconds_of_passes(work, parts))
+    speed = measure_speed(work, parts.support)
+    allowed = _rounded(speed * seconds_of_passes(work, parts))
     if allowed >= work.budget.n_tokens:
         return parts
     work.is_cut = True
@@ -68,7 +69,9 @@ def estimate_merges(work: Work, parts: Parts) -> float:
     """Seconds that all combinations of a build take; what a test told is kept in `work`."""
     if math.isnan(work.merge_s):
         n_candidates = count_candidates(work.options, bool(work.pool.signed))
-        work.merge_s = count_merges(n_candidates, parts.is_crossed) * measure_merge(work.pool.paths)
+        by_gradients = work.options.needs_gradients
+        n_merges = count_merges(n_candidates, parts.is_crossed, by_gradients=by_gradients)
+        work.merge_s = n_merges * measure_merge(work.pool.paths)
     return work.merge_s
 
 
@@ -76,7 +79,7 @@ def cut_embedding_to_time(work: Work, texts: Sequence[TokenisedExample]) -> None
     """The same for a build that only embeds: what is cut is the number of examples."""
     if not math.isfinite(work.options.limit_s):
         return
-    allowed = _rounded(_measure_speed(work, texts) * work.options.limit_s)
+    allowed = _rounded(measure_speed(work, texts) * work.options.limit_s)
     least = work.budget.n_used + max(text.n_tokens for text in texts)
     if allowed < work.budget.n_tokens:
         work.is_cut = True
@@ -99,24 +102,34 @@ def measure_merge(paths: Sequence[Path]) -> float:
     return _WITH_FILES * seconds
 
 
-def count_merges(n_candidates: int, is_crossed: bool) -> float:
+def count_merges(n_candidates: int, is_crossed: bool, *, by_gradients: bool = False) -> float:
     """About how many combinations of the whole pool a build is worth.
 
     The mean of all is one. Of other candidates, of steps from the best and in the file that is
     written, about half of the pool has a weight that counts; those that are fitted to losses are
-    made again for each fold where examples are cross-validated.
+    made again for each fold where examples are cross-validated. With gradients it is the whole pool
+    for each but the nearest, and for each fold of the descent.
     """
+    if by_gradients:
+        return max(1, n_candidates - 1) + (DescentOptions().n_folds if is_crossed else 0)
     n_partial = max(0, n_candidates - 1 - N_SINGLE) + N_LINEARISATIONS - 1 + 1
     if is_crossed:
         n_partial += N_FOLDS * min(N_FITTED, n_candidates)
     return 1 + _SHARE_THAT_COUNTS * n_partial
 
 
-def _measure_speed(work: Work, texts: Sequence[TokenisedExample]) -> float:
+def measure_speed(work: Work, texts: Sequence[TokenisedExample]) -> float:
     """Tokens a second of a batch under an adapter, once the weights have been touched.
 
     The best of three counts: what else runs on the machine for a moment is no part of its speed.
+    It is measured once in a build.
     """
+    if math.isnan(work.tokens_per_s):
+        work.tokens_per_s = _time_batches(work, texts)
+    return work.tokens_per_s
+
+
+def _time_batches(work: Work, texts: Sequence[TokenisedExample]) -> float:
     ids = [token for text in texts for token in (*text.prompt, *text.completion)]
     adapter = work.pool.paths[0]
     with open_context(work.model) as context:
@@ -136,7 +149,7 @@ def _measure_speed(work: Work, texts: Sequence[TokenisedExample]) -> float:
     return n / elapsed_s
 
 
-def _seconds_of_passes(work: Work, parts: Parts) -> float:
+def seconds_of_passes(work: Work, parts: Parts) -> float:
     """What the merges leave of the time, at least a half, less what loading and fits take."""
     limit_s = work.options.limit_s
     left_s = max(limit_s / 2, limit_s - estimate_merges(work, parts))

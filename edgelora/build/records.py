@@ -10,10 +10,9 @@ from pathlib import Path
 from edgelora.adapters.merge import MergeReport
 from edgelora.operators.arbiter import Verdict
 
-DEFAULT_BUDGET = 60_000
-GRADIENT_BUDGET = 120_000
+DEFAULT_BUDGET = 120_000
 DEFAULT_LIMIT_S = 600.0
-REFINEMENTS = ("none", "forward", "gradient")
+REFINEMENTS = ("auto", "none", "forward", "gradient")
 DEFAULT_DISTANCE = "bures"
 CROSSED = "cross-validated"
 
@@ -27,14 +26,16 @@ class Options:
         operator: "auto" compares all candidates; a name writes that operator's combination, if it
             beats the base; "none" combines nothing, so that `polish` trains a LoRA from scratch.
         refine: "none" proposes by distances only, "forward" from the losses of single adapters
-            too, "gradient" by steps on coefficients from gradients through the base.
+            too, "gradient" by steps on coefficients from gradients through the base; "auto" is
+            "gradient" where it can be had (see automatic.settle_refinement), else "forward".
         passes, weights: see gradient.descent.DescentOptions.
         objective: that of the gradient; "" is "loss", or "prompts" without completions.
         polish: passes of training of the best candidate's own factors afterwards.
         budget_tokens: tokens that all forward passes together may compute; a gradient pass
             counts three.
-        limit_s: the budget is cut to what a short test says that the base computes meanwhile, so
-            that a slow machine is not busy for hours. Not with gradients or activations.
+        limit_s: the budget, or the number of gradient passes, is cut to what a short test says
+            that the base computes meanwhile, so that a slow machine is not busy for hours. Not
+            with activations.
         combine, rank, dtype: see adapters.merge.merge_adapters.
         exclude: glob patterns of adapter names to leave out.
         calibrated: use the temperatures, shortlist and priors that `edgelora bank calibrate`
@@ -46,7 +47,7 @@ class Options:
 
     distance: str = DEFAULT_DISTANCE
     operator: str = "auto"
-    refine: str = "forward"
+    refine: str = "auto"
     passes: int = 10
     weights: str = "component"
     objective: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from edgelora.build.gradients import MAX_SOURCES, Gradients, threads
 from edgelora.build.proposals import Nearness
 from edgelora.build.records import PassLoss, Refined
 from edgelora.build.state import State
-from edgelora.build.trials import Trial
+from edgelora.build.trials import HeldOut, Recipe, Trial
 from edgelora.build.work import Work
-from edgelora.gradient.descent import Descended, DescentOptions, descend, rank_adapters
+from edgelora.gradient.descent import Crossed, Descended, DescentOptions, descend, rank_adapters
 from edgelora.gradient.minimise import Interrupted, Step
 from edgelora.operators.arbiter import Candidate
 
@@ -40,8 +40,13 @@ def refine(
     nearness: Nearness | None,
     state: State,
     folder: Path,
+    *,
+    is_crossed: bool = False,
 ) -> tuple[Trial, Refined]:
     """Steps on the coefficients of the whole bank from those of `start`, and the file they make.
+
+    Args:
+        is_crossed: make the files of the folds too, for a comparison by cross-validation.
 
     Ctrl-C: `listener.keep` decides whether the best so far goes on; the state is kept if not.
 
@@ -58,7 +63,7 @@ def refine(
         scaled = start.coefficients * start.scale
         found = _descend(work, gradients, options, files, scaled[positions], state)
     k = len(work.pool.records)
-    by_tensor = {name: _spread(row, positions, k) for name, row in found.coefficients.items()}
+    by_tensor = _spread(found.coefficients, positions, k)
     refined = Refined(
         start=f"{start.name} x {start.scale:g}",
         weights=options.weights,
@@ -70,10 +75,18 @@ def refine(
         slopes=dict(zip(work.pool.names, slopes.tolist(), strict=True)),
         n_sources=len(positions),
     )
-    if options.n_folds and not found.n_passes:
+    if found.held_out_losses and not found.n_passes:
         work.warn("no gradient pass lowered the held-out loss: the coefficients are the start's")
-    means = _means(by_tensor, gradients.adapters)
-    return _as_trial(work, by_tensor, means, refined, nearness, folder), refined
+    candidate = Candidate(NAME, _means(by_tensor, gradients.adapters))
+    recipe = Recipe(_told(refined), by_tensor)
+    trial = _as_trial(work, candidate, recipe, nearness, folder)
+    if is_crossed:
+        held_out = [
+            HeldOut(_write_fold(work, candidate, fold, positions, nearness, folder), fold.held_out)
+            for fold in found.folds
+        ]
+        trial = replace(trial, held_out=tuple(held_out))
+    return trial, refined
 
 
 class Teller:
@@ -156,17 +169,21 @@ def _descend(
     except Interrupted as stopped:
         if not ask_to_keep(work, COEFFICIENTS, stopped.best.n_passes):
             raise
-        found = stopped.best
+        found, work.was_interrupted = stopped.best, True
     tell.end()
     work.budget.give_back(n_tokens - found.n_tokens)
     return found
 
 
-def _spread(row: Array, positions: Sequence[int], k: int) -> Array:
+def _spread(
+    coefficients: Mapping[str, Array], positions: Sequence[int], k: int
+) -> dict[str, Array]:
     """Of all k, with zeros for those that took no part; rounded to what a provenance holds."""
-    whole = np.zeros((k, *row.shape[1:]))
-    whole[list(positions)] = row.astype(np.float16)
-    return whole
+    found = {}
+    for name, row in coefficients.items():
+        found[name] = np.zeros((k, *row.shape[1:]))
+        found[name][list(positions)] = row.astype(np.float16)
+    return found
 
 
 def _means(by_tensor: dict[str, Array], files: Sequence[LoraFile]) -> Array:
@@ -176,15 +193,32 @@ def _means(by_tensor: dict[str, Array], files: Sequence[LoraFile]) -> Array:
 
 
 def _as_trial(
-    work: Work,
-    by_tensor: dict[str, Array],
-    means: Array,
-    refined: Refined,
-    nearness: Nearness | None,
-    folder: Path,
+    work: Work, candidate: Candidate, recipe: Recipe, nearness: Nearness | None, folder: Path
 ) -> Trial:
     """The combination as a file, written as it would be published."""
-    told = {
+    path = folder / f"{NAME}.gguf"
+    merge = write_combination(work, candidate, nearness, path, recipe)
+    return Trial(candidate, path, is_final=True, merge=merge, recipe=recipe)
+
+
+def _write_fold(
+    work: Work,
+    candidate: Candidate,
+    fold: Crossed,
+    positions: Sequence[int],
+    nearness: Nearness | None,
+    folder: Path,
+) -> Path:
+    """What was found without one fold, combined as the whole is."""
+    path = folder / f"{NAME}-without-{fold.held_out[0]}.gguf"
+    by_tensor = _spread(fold.coefficients, positions, len(work.pool.records))
+    write_combination(work, candidate, nearness, path, Recipe({}, by_tensor))
+    return path
+
+
+def _told(refined: Refined) -> dict[str, object]:
+    """What the provenance says of the descent."""
+    return {
         "refined": {
             "by": NAME,
             "weights": refined.weights,
@@ -194,7 +228,3 @@ def _as_trial(
             "passes": refined.n_passes,
         }
     }
-    candidate = Candidate(NAME, means)
-    path = folder / f"{NAME}.gguf"
-    merge = write_combination(work, candidate, nearness, path, by_tensor=by_tensor, told=told)
-    return Trial(candidate, path, is_final=True, merge=merge)

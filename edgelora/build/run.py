@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
+from edgelora.build.automatic import AUTO, settle_refinement
 from edgelora.build.choosing import choose, contenders
 from edgelora.build.crossing import assign_folds, is_crossed
 from edgelora.build.earlier import build_again, recall, remember
@@ -25,13 +27,13 @@ from edgelora.build.finish import (
     write_trial,
 )
 from edgelora.build.forward import find_trials
-from edgelora.build.gradients import Gradients, open_gradients
+from edgelora.build.gradients import Gradients, Opened, open_gradients
 from edgelora.build.measuring import (
     embed_and_compare,
     measure_parts,
     plan_unmeasured,
 )
-from edgelora.build.pace import cut_embedding_to_time, cut_to_time
+from edgelora.build.pace import cut_embedding_to_time, cut_to_time, seconds_of_passes
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
 from edgelora.build.proposals import (
@@ -154,7 +156,7 @@ def _refuse_unknown(options: Options) -> None:
             "linear averages factors, which is not the sum that gradients are computed for",
             hint="Use --combine svd or cat.",
         )
-    if options.objective and options.refine != "gradient":
+    if options.objective and options.refine not in (AUTO, "gradient"):
         raise EdgeLoRAError("an objective is for gradients", hint="Add --refine gradient.")
 
 
@@ -164,19 +166,23 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
         return build_again(work, earlier)
     split = _split(work, dataset)
     parts = tokenise_parts(work, split)
-    if not work.options.needs_gradients and work.options.operator not in ACTIVATED:
+    opened = settle_refinement(work, parts)
+    seconds = math.inf
+    if work.options.needs_gradients and math.isfinite(work.options.limit_s):
+        seconds = seconds_of_passes(work, parts)
+    elif work.options.operator not in ACTIVATED:
         parts = cut_to_time(work, parts)
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
-        steps = _open_steps(work, stack, parts.support, has_completions=True)
+        steps = _open_steps(work, stack, parts.support, opened, seconds)
         nearness, measured, shown = measure_parts(work, split, parts)
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
         context = stack.enter_context(open_context(work.model))
         if activations is not None:
             trials.append(try_activated(work, context, activations, nearness, shown, folder))
-        made = _take_steps(work, context, steps, nearness, shown, folder, trials)
+        made = _take_steps(work, context, steps, nearness, parts, shown, folder, trials)
         choice = choose(work, context, contenders(work, trials), parts, shown, folder)
         with publish(work.out, force=work.options.force) as temporary:
             merge = write_trial(work, choice.trial, nearness, temporary)
@@ -190,7 +196,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
         built, verdict=choice.verdict, judgement=judgement, refined=made.refined,
         trained=made.trained,
     )  # fmt: skip
-    remember(work, dataset.examples, built, choice.trial.candidate, nearness)
+    remember(work, dataset.examples, built, choice.trial, nearness)
     return built
 
 
@@ -204,11 +210,13 @@ def _split(work: Work, dataset: Dataset) -> Split:
 
 def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
     """Without completions: by distances, activations, or gradients of another objective."""
+    settle_refinement(work, None)
     operator = _refuse_without_completions(work)
     texts = tokenise_examples(work.model, work.template, dataset.examples)
     with ExitStack() as stack:
         activations = open_activations(work, operator, texts)
-        steps = _open_steps(work, stack, texts, has_completions=False)
+        seconds = work.options.limit_s
+        steps = _open_steps(work, stack, texts, None, seconds, has_completions=False)
         if activations is None and steps is None:
             cut_embedding_to_time(work, texts)
         with open_context(work.model, hidden=True) as hidden:
@@ -275,13 +283,22 @@ class _Made:
 
 
 def _open_steps(
-    work: Work, stack: ExitStack, texts: Sequence[TokenisedExample], *, has_completions: bool
+    work: Work,
+    stack: ExitStack,
+    texts: Sequence[TokenisedExample],
+    opened: Opened | None,
+    seconds: float,
+    *,
+    has_completions: bool = True,
 ) -> _Steps | None:
     """None where the options ask for no gradients."""
     if not work.options.needs_gradients:
         return None
     state = stack.enter_context(open_state(work))
-    return _Steps(open_gradients(work, texts, state.folder, has_completions), state)
+    gradients = open_gradients(
+        work, texts, state.folder, has_completions, opened=opened, seconds=seconds
+    )
+    return _Steps(gradients, state)
 
 
 def _take_steps(
@@ -289,6 +306,7 @@ def _take_steps(
     context: Context,
     steps: _Steps | None,
     nearness: Nearness | None,
+    parts: Parts,
     shown: Sequence[TokenisedExample],
     folder: Path,
     trials: list[Trial],
@@ -300,7 +318,9 @@ def _take_steps(
     context.apply([])
     if gradients.descent:
         start = trials[0] if work.options.operator == "auto" else least_loss(trials)
-        trial, refined = refine(work, gradients, start.candidate, nearness, state, folder)
+        trial, refined = refine(
+            work, gradients, start.candidate, nearness, state, folder, is_crossed=parts.is_crossed
+        )
         trials.append(measure_trial(context, trial, shown, work.budget))
     if gradients.polish:
         best = least_loss(trials) if trials else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,27 @@ class Budget:
 
 
 @dataclass(frozen=True, eq=False)
+class Recipe:
+    """What makes a combination beside one coefficient for each adapter.
+
+    Attributes:
+        told: what joins the provenance.
+        by_tensor: (k,) or for each component (k, r), by the tensor's name; {} for the same in all.
+    """
+
+    told: Mapping[str, object]
+    by_tensor: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A combination as a file, and the positions of the examples that it was found without."""
+
+    path: Path
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Trial:
     """A candidate with the file that stands for it at scale 1.
 
@@ -66,6 +87,8 @@ class Trial:
             it was combined (None: it was not).
         folds: (k,) each, the coefficients that are found without the examples of one fold, the
             scale included; () where examples are not folded.
+        held_out: in place of folds, the files of what was found without some of the examples.
+        recipe: of a combination whose coefficients differ from tensor to tensor.
     """
 
     candidate: Candidate
@@ -74,6 +97,8 @@ class Trial:
     is_final: bool = False
     merge: MergeReport | None = None
     folds: tuple[Array, ...] = ()
+    held_out: tuple[HeldOut, ...] = ()
+    recipe: Recipe | None = None
 
     @property
     def weights(self) -> Array:

@@ -47,7 +47,10 @@ class Work:
     """What every step of one build needs.
 
     Attributes:
+        options: with what `refine="auto"` came to; `asked` are those that a person gave.
         is_cut: whether time has cut the budget: then few candidates are compared.
+        was_interrupted: whether gradient steps ended by Ctrl-C, with the best so far.
+        tokens_per_s: see pace.measure_speed; NaN before.
         merge_s: see pace.estimate_merges; NaN before.
     """
 
@@ -60,9 +63,15 @@ class Work:
     budget: Budget
     gradient: GradientPlan | None = None
     is_cut: bool = False
+    was_interrupted: bool = False
     merge_s: float = math.nan
+    tokens_per_s: float = math.nan
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    asked: Options = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.asked = self.options
 
     def warn(self, message: str) -> None:
         """Keep a warning for the result, and say it now."""

@@ -55,7 +55,11 @@ _N_RANKED = 5
     default="auto",
     help="auto: the arbiter chooses; none: only --polish, from scratch.",
 )
-@click.option("--refine", default="forward", show_default=True, help="none, forward or gradient.")
+@click.option(
+    "--refine",
+    default="auto",
+    help="none, forward or gradient; auto (the default): gradient where it can be had.",
+)
 @click.option(
     "--passes",
     type=click.IntRange(min=1),
@@ -144,7 +148,6 @@ def _options(
         DEFAULT_BUDGET,
         DEFAULT_DISTANCE,
         DEFAULT_LIMIT_S,
-        GRADIENT_BUDGET,
         REFINEMENTS,
         Options,
     )
@@ -163,9 +166,8 @@ def _options(
     ):
         if value not in known:
             raise click.BadParameter(f"{value}; one of {', '.join(known)}", param_hint=name)
-    default = GRADIENT_BUDGET if options.needs_gradients else DEFAULT_BUDGET
     limit_s = math.inf if budget else DEFAULT_LIMIT_S
-    return replace(options, budget_tokens=budget or default, limit_s=limit_s, reuse=not anew)
+    return replace(options, budget_tokens=budget or DEFAULT_BUDGET, limit_s=limit_s, reuse=not anew)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from edgelora.errors import InvalidFile
 from edgelora.gradient.adam import Track
 from edgelora.gradient.weights import Array
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _METADATA_KEY = "edgelora.descent"
 _PARTS = ("values", "mean", "square", "average")
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
@@ -49,20 +49,21 @@ class Checkpoint:
 
     Attributes:
         key: says of which descent it is: `fingerprint` of everything that decides its course.
-        best: (n,), the values to return if it ends here.
+        best: (n,) for each track, the averages to return if it ends here.
     """
 
     key: str
     tracks: tuple[Track, ...]
-    best: Array
+    best: tuple[Array, ...]
     tally: Tally = field(default_factory=Tally)
 
     def to_bytes(self) -> bytes:
         """As a safetensors file; the same state gives the same bytes."""
         from safetensors.numpy import save
 
-        arrays = {"best": self.best}
-        for number, track in enumerate(self.tracks):
+        arrays = {}
+        for number, (track, best) in enumerate(zip(self.tracks, self.best, strict=True)):
+            arrays[f"best.{number}"] = best
             for part in _PARTS:
                 arrays[f"{part}.{number}"] = getattr(track, part)
         facts = {
@@ -115,14 +116,17 @@ def _parse(data: bytes) -> Checkpoint:
     facts = json.loads(header["__metadata__"][_METADATA_KEY])
     if facts["version"] != FORMAT_VERSION:
         raise ValueError(f"format version {facts['version']}; this program reads {FORMAT_VERSION}")
-    best, steps = arrays["best"], [int(n) for n in facts["n_steps"]]
-    tracks = []
-    for number, n_steps in enumerate(steps):
+    best, tracks = [], []
+    for number, n_steps in enumerate(int(n) for n in facts["n_steps"]):
+        best.append(arrays[f"best.{number}"])
         parts = {part: arrays[f"{part}.{number}"] for part in _PARTS}
         tracks.append(Track(**parts, n_steps=n_steps))
-        if any((p.shape, p.dtype) != (best.shape, best.dtype) for p in parts.values()):
-            raise ValueError(f"track {number} has other shapes than the best values")
-    return Checkpoint(str(facts["key"]), tuple(tracks), best, _tally(facts["tally"]))
+        if any(
+            (p.shape, p.dtype) != (best[0].shape, best[0].dtype)
+            for p in (best[-1], *parts.values())
+        ):
+            raise ValueError(f"track {number} has other shapes than the first")
+    return Checkpoint(str(facts["key"]), tuple(tracks), tuple(best), _tally(facts["tally"]))
 
 
 def _tally(facts: dict[str, Any]) -> Tally:

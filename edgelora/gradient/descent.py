@@ -17,6 +17,7 @@ from edgelora.gradient.adam import Adam
 from edgelora.gradient.checkpoint import Checkpoint, fingerprint
 from edgelora.gradient.components import Components
 from edgelora.gradient.decoder import Decoder, PassOptions
+from edgelora.gradient.folds import Fold
 from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step, count_tokens
 from edgelora.gradient.observers import CoefficientGradients, per_adapter
 from edgelora.gradient.updates import Updates, refuse_misfits
@@ -35,8 +36,8 @@ class DescentOptions:
         n_passes: over the examples, at most.
         batch_size: examples a step; 0 for all.
         step, momentum, memory, penalty, sparsity, averaging: see adam.Adam.
-        n_folds: of the cross-validation that stops the descent, one for each example if there are
-            fewer; 0 runs all passes.
+        n_folds: of the cross-validation that stops the descent, one for each prompt if there are
+            fewer; 0, or a single prompt, runs all passes.
         patience: passes without a better held-out loss after which it stops.
         objective: "loss" of the completions; without completions "prompts", the loss of the
             prompts after what they share, or "entropy" of the first answer token
@@ -59,6 +60,19 @@ class DescentOptions:
 
 
 @dataclass(frozen=True, eq=False)
+class Crossed:
+    """What the descent of one fold found.
+
+    Attributes:
+        coefficients: see Descended.
+        held_out: positions of the examples that it did not learn from.
+    """
+
+    coefficients: dict[str, NDArray[np.float64]]
+    held_out: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Descended:
     """What a descent found.
 
@@ -70,6 +84,7 @@ class Descended:
         support_losses: nats a token in each pass, met before each step.
         held_out_losses: cross-validated, at the start and after each pass; empty without folds.
         n_tokens: forward-equivalent tokens that were computed; a gradient pass counts three.
+        folds: what each fold found, at the same pass; () without folds.
     """
 
     coefficients: dict[str, NDArray[np.float64]]
@@ -77,6 +92,7 @@ class Descended:
     support_losses: tuple[float, ...]
     held_out_losses: tuple[float, ...]
     n_tokens: int
+    folds: tuple[Crossed, ...] = ()
 
 
 def descend(
@@ -116,7 +132,7 @@ def descend(
     variables = _variables(adapters, start, options, passes or PassOptions(), prepare)
     work = _minimisation(decoder, adapters, examples, variables, options, passes)
     state, is_interrupted = work.run(work.open(checkpoint), listen, checkpoint)
-    found = _found(state, variables)
+    found = _found(state, variables, work.schedule.folds)
     if is_interrupted:
         raise Interrupted(found)
     return found
@@ -131,7 +147,13 @@ def count_descent_tokens(
     """Forward-equivalent tokens that `descend` computes at most."""
     options = options or DescentOptions()
     texts = objective_examples(examples, options.objective)
-    return count_tokens(decoder, texts, _schedule(options, len(texts)), passes or PassOptions())
+    return count_tokens(decoder, texts, _schedule(options, examples), passes or PassOptions())
+
+
+def count_folds(examples: Sequence[TokenisedExample], options: DescentOptions) -> int:
+    """Folds that a descent has: no more than there are prompts, and none of a single one."""
+    n_folds = min(options.n_folds, len({example.prompt for example in examples}))
+    return n_folds if n_folds > 1 else 0
 
 
 def rank_adapters(
@@ -232,28 +254,35 @@ def _minimisation(
             options.sparsity,
             options.averaging,
         ),
-        schedule=_schedule(options, len(texts)),
+        schedule=_schedule(options, examples),
         passes=replace(passes or PassOptions(), objective=measure),
         key=fingerprint("coefficients", base, files, texts, variables.start, course),
     )
 
 
-def _schedule(options: DescentOptions, n_examples: int) -> Schedule:
+def _schedule(options: DescentOptions, examples: Sequence[TokenisedExample]) -> Schedule:
     return Schedule(
         n_passes=options.n_passes,
         batch_size=options.batch_size,
-        n_folds=min(options.n_folds, n_examples),
+        n_folds=count_folds(examples, options),
         patience=options.patience,
         seed=options.seed,
+        prompts=tuple(example.prompt for example in examples),
     )
 
 
-def _found(state: Checkpoint, variables: Combination) -> Descended:
+def _found(state: Checkpoint, variables: Combination, folds: Sequence[Fold]) -> Descended:
     tally = state.tally
+    mean = np.mean(state.best, axis=0) if len(state.best) > 1 else state.best[0]
     return Descended(
-        coefficients=variables.by_tensor(state.best),
+        coefficients=variables.by_tensor(mean),
         n_passes=tally.best_pass,
         support_losses=tally.support_losses,
         held_out_losses=tally.held_out_losses,
         n_tokens=tally.n_tokens,
+        folds=tuple(
+            Crossed(variables.by_tensor(best), fold.held_out)
+            for best, fold in zip(state.best, folds, strict=True)
+            if fold.held_out
+        ),
     )

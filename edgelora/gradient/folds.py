@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,26 +27,35 @@ class Unit:
     held_out: bool = False
 
 
-def make_folds(n_examples: int, n_folds: int, seed: int) -> tuple[Fold, ...]:
-    """Every example held out once, in folds that differ by one at most; 0: none is held out.
+def make_folds(prompts: Sequence[Hashable], n_folds: int, seed: int) -> tuple[Fold, ...]:
+    """Every example held out once, in folds of about one size; 0: none is held out.
+
+    Args:
+        prompts: of each example; those of one prompt share a fold.
 
     Raises:
-        EdgeLoRAError: no examples, one fold, or more folds than examples.
+        EdgeLoRAError: no examples, one fold, or more folds than prompts.
     """
-    if not n_examples:
+    if not prompts:
         raise EdgeLoRAError("no examples to learn from")
-    everything = tuple(range(n_examples))
+    everything = tuple(range(len(prompts)))
     if n_folds == 0:
         return (Fold(everything),)
-    if n_folds < 2 or n_folds > n_examples:
+    groups: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(i)
+    if n_folds < 2 or n_folds > len(groups):
         raise EdgeLoRAError(
-            f"{n_folds} folds of {n_examples} examples",
-            hint="At least 2 folds, at most one for each example, or 0 for none.",
+            f"{n_folds} folds of {len(groups)} different prompts",
+            hint="At least 2 folds, at most one for each prompt, or 0 for none.",
         )
-    order = np.random.default_rng([seed, 0]).permutation(n_examples)
-    parts = [sorted(int(i) for i in order[number::n_folds]) for number in range(n_folds)]
+    parts: list[list[int]] = [[] for _ in range(n_folds)]
+    members = list(groups.values())
+    for number in np.random.default_rng([seed, 0]).permutation(len(members)):
+        min(parts, key=len).extend(members[number])
     return tuple(
-        Fold(tuple(i for i in everything if i not in set(part)), tuple(part)) for part in parts
+        Fold(tuple(i for i in everything if i not in set(part)), tuple(sorted(part)))
+        for part in parts
     )
 
 

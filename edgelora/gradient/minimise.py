@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from edgelora.gradient.checkpoint import Checkpoint, Tally, from_bytes
 from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.folds import Fold, Unit, make_folds, units_of_pass
 from edgelora.gradient.variables import Variables
-from edgelora.gradient.weights import Array
 
 # Seconds between two states on disk: writing one takes far less than that.
 CHECKPOINT_EVERY_S = 20.0
@@ -33,6 +32,7 @@ class Schedule:
 
     Attributes:
         n_passes: at most; a pass shows every example once.
+        prompts: of each example; those of one prompt are held out together.
         batch_size: examples a step; 0 for all.
         n_folds: of the cross-validation that stops the descent; 0 for none.
         patience: passes without a better held-out loss after which it stops.
@@ -43,6 +43,12 @@ class Schedule:
     n_folds: int
     patience: int
     seed: int
+    prompts: tuple[Hashable, ...]
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """Who sees which examples."""
+        return make_folds(self.prompts, self.n_folds, self.seed)
 
 
 @dataclass(frozen=True)
@@ -88,11 +94,6 @@ class Minimisation:
     passes: PassOptions
     key: str
 
-    @property
-    def folds(self) -> tuple[Fold, ...]:
-        """Who sees what."""
-        return make_folds(len(self.examples), self.schedule.n_folds, self.schedule.seed)
-
     def open(self, path: Path | None) -> Checkpoint:
         """The state on disk, or a new one.
 
@@ -101,9 +102,9 @@ class Minimisation:
             EdgeLoRAError: the state of another descent, or of one that went further.
         """
         if path is None or not path.exists():
-            tracks = (begin(self.variables.start),) * len(self.folds)
+            tracks = (begin(self.variables.start),) * len(self.schedule.folds)
             tally = Tally(in_pass=0 if self.schedule.n_folds else 1)
-            return Checkpoint(self.key, tracks, self.variables.start, tally)
+            return Checkpoint(self.key, tracks, (self.variables.start,) * len(tracks), tally)
         state = from_bytes(path.read_bytes(), str(path))
         if state.key != self.key:
             raise EdgeLoRAError(
@@ -152,7 +153,7 @@ class Minimisation:
 
     def _units(self, number: int) -> tuple[Unit, ...]:
         schedule = self.schedule
-        return units_of_pass(self.folds, number, schedule.batch_size, schedule.seed)
+        return units_of_pass(schedule.folds, number, schedule.batch_size, schedule.seed)
 
     def _texts(self, unit: Unit) -> list[TokenisedExample]:
         return [self.examples[i] for i in unit.positions]
@@ -206,7 +207,7 @@ class Minimisation:
         is_best = _is_best(held_out_losses)
         return dataclasses.replace(
             state,
-            best=_mean(state.tracks) if is_best else state.best,
+            best=tuple(track.average for track in state.tracks) if is_best else state.best,
             tally=Tally(
                 in_pass=tally.in_pass + 1,
                 best_pass=tally.in_pass if is_best else tally.best_pass,
@@ -229,7 +230,7 @@ def count_tokens(
     passes: PassOptions,
 ) -> int:
     """Forward-equivalent tokens of a descent that is not stopped early."""
-    folds = make_folds(len(examples), schedule.n_folds, schedule.seed)
+    folds = schedule.folds
     costs = [0, 0]
     for number in (0, 1):
         for unit in units_of_pass(folds, number, schedule.batch_size, schedule.seed):
@@ -251,10 +252,3 @@ def _added(met: tuple[float, int], scores: Sequence[Score]) -> tuple[float, int]
 def _is_best(held_out_losses: Sequence[float]) -> bool:
     """Whether the last is below all before it; without any, the last pass is taken."""
     return not held_out_losses or held_out_losses[-1] < min(held_out_losses[:-1], default=math.inf)
-
-
-def _mean(tracks: Sequence[Track]) -> Array:
-    """The mean of the averages of all tracks, in their dtype."""
-    if len(tracks) == 1:
-        return tracks[0].average
-    return np.asarray(np.mean([track.average for track in tracks], axis=0))

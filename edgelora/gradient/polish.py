@@ -99,7 +99,7 @@ def count_polish_tokens(
     passes: PassOptions | None = None,
 ) -> int:
     """Forward-equivalent tokens that `polish` computes."""
-    schedule = _schedule(options or PolishOptions())
+    schedule = _schedule(options or PolishOptions(), examples)
     return count_tokens(decoder, examples, schedule, passes or PassOptions())
 
 
@@ -161,19 +161,20 @@ def _minimisation(
             options.penalty,
             averaging=options.averaging,
         ),
-        schedule=_schedule(options),
+        schedule=_schedule(options, examples),
         passes=passes,
         key=fingerprint("factors", base, scales, tuple(examples), variables.start, course),
     )
 
 
-def _schedule(options: PolishOptions) -> Schedule:
-    return Schedule(options.n_passes, options.batch_size, 0, 0, options.seed)
+def _schedule(options: PolishOptions, examples: Sequence[TokenisedExample]) -> Schedule:
+    prompts = tuple(example.prompt for example in examples)
+    return Schedule(options.n_passes, options.batch_size, 0, 0, options.seed, prompts)
 
 
 def _found(state: Checkpoint, variables: Factors) -> Polished:
     return Polished(
-        pairs=variables.updates(state.best),
+        pairs=variables.updates(state.best[0]),
         n_passes=state.tally.best_pass,
         support_losses=state.tally.support_losses,
         n_tokens=state.tally.n_tokens,

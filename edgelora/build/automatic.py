@@ -1,0 +1,78 @@
+"""`--refine auto`: gradients where the base, the budget and the time allow them, else losses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from edgelora.build.gradients import Opened, count_first_pass, open_decoder_and_adapters
+from edgelora.build.pace import measure_speed, seconds_of_passes
+from edgelora.build.work import Parts, Work, count_reserved_tokens
+from edgelora.errors import UnsupportedFile
+
+AUTO = "auto"
+# Of llama.cpp's tokens a second, what forward-equivalents of gradients reach, and 7B at least:
+# see docs/gradient.md.
+_SPEED_OF_GRADIENTS = 0.6
+
+
+def settle_refinement(work: Work, parts: Parts | None) -> Opened | None:
+    """Put what `refine="auto"` comes to in `work.options`; any other stays.
+
+    One pass of gradients tells more than as many forward passes (docs/gradient.md), so they are
+    taken unless another operator than auto is asked for, nothing measures losses, or one pass would
+    not fit the budget or the time. What a person may not expect is told.
+
+    Args:
+        parts: None without completions.
+
+    Returns:
+        What was opened on the way.
+    """
+    options = work.options
+    if options.refine != AUTO:
+        return None
+    gradient, forward = (replace(options, refine=name) for name in ("gradient", "forward"))
+    if options.objective:
+        work.options = gradient
+        return None
+    work.options = forward
+    if parts is None or options.operator != "auto":
+        return None
+    if options.combine == "linear":
+        work.warn("linear averages factors, which is no sum that gradients are computed for: "
+                  "coefficients come from the losses of forward passes")  # fmt: skip
+        return None
+    try:
+        opened = open_decoder_and_adapters(work, "")
+    except UnsupportedFile as error:
+        work.warn(f"{error.what}: coefficients come from the losses of forward passes")
+        return None
+    work.options = gradient
+    if shortage := _find_shortage(work, parts, opened):
+        work.options = forward
+        work.warn(f"{shortage}: coefficients come from the losses of forward passes")
+        return None
+    return opened
+
+
+def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
+    """What a descent of one pass lacks, in words; "" if nothing."""
+    n_tokens = count_first_pass(work, opened, parts.support, has_completions=True)
+    n_tokens += count_reserved_tokens(work, parts)
+    if n_tokens > work.budget.left:
+        return (
+            f"one pass of gradients and its comparisons take {n_tokens:,} tokens, and "
+            f"{work.budget.left:,} are left"
+        )
+    limit_s = work.options.limit_s
+    if not math.isfinite(limit_s):
+        return ""
+    speed = _SPEED_OF_GRADIENTS * measure_speed(work, parts.support)
+    allowed_s = seconds_of_passes(work, parts)
+    if n_tokens <= speed * allowed_s:
+        return ""
+    return (
+        f"one pass of gradients would take about {n_tokens / speed / 60:.0f} min of "
+        f"{limit_s / 60:.0f} (--budget allows more)"
+    )

@@ -1,0 +1,188 @@
+"""What `--refine auto` comes to, the time that gradients keep to, and their builds repeated."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import builds
+import numpy as np
+import pico
+import pytest
+from builds import World
+
+from edgelora.adapters.base import read_base
+from edgelora.bank import Bank, Facts, open_bank
+from edgelora.build import Built, Listener, Options, Plan, automatic, build, gradients
+from edgelora.build.earlier import BUILDS
+from edgelora.build.records import DEFAULT_BUDGET
+from edgelora.datasets.read import read_dataset
+from edgelora.engine.context import Context, Row
+from edgelora.engine.model import Model, open_model
+from edgelora.engine.prepare import model_template
+from edgelora.errors import EdgeLoRAError
+
+AUTO = Options(passes=2, force=True)
+INSTEAD = "coefficients come from the losses of forward passes"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "built.gguf"
+
+
+@pytest.fixture
+def plans() -> list[Plan]:
+    return []
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every batch that llama.cpp really computes."""
+    sizes: list[int] = []
+    real = Context.decode
+
+    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
+        sizes.append(len(rows))
+        return real(context, rows)
+
+    monkeypatch.setattr(Context, "decode", counting)
+    return sizes
+
+
+def run(
+    model: Model, bank: Bank, data: Path, out: Path, options: Options, plans: list[Plan],
+    template: str | None = None,
+) -> Built:  # fmt: skip
+    used = model_template(model, template)
+    return build(model, bank, read_dataset(data), used, out, options, Listener(plans.append))
+
+
+def test_gradients_where_they_can_be_had(
+    world: World, model: Model, out: Path, plans: list[Plan]
+) -> None:
+    built = run(model, open_bank(world.bank), world.helped, out, AUTO, plans)
+    (plan,) = plans
+    assert built.refined is not None and plan.gradient is not None and not built.warnings
+    assert plan.n_measured == 0 and not built.losses_alone
+    assert plan.budget_tokens == DEFAULT_BUDGET and built.n_tokens <= DEFAULT_BUDGET
+    other = replace(AUTO, refine="gradient")
+    before = out.read_bytes()
+    run(model, open_bank(world.bank), world.helped, out, other, plans)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (replace(AUTO, budget_tokens=12_000), r"one pass of gradients and its comparisons take"),
+        (replace(AUTO, combine="linear"), "linear averages factors"),
+        (replace(AUTO, limit_s=600.0), r"one pass of gradients would take about \d+ min of 10"),
+    ],
+)
+def test_losses_of_forward_passes_where_gradients_cannot_be_had_and_why(
+    options: Options, why: str, world: World, model: Model, out: Path, plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(automatic, "measure_speed", lambda work, texts: 5.0)
+    built = run(model, open_bank(world.bank), world.helped, out, options, plans)
+    assert built.refined is None and built.losses_alone and plans[0].gradient is None
+    (told,) = [message for message in built.warnings if INSTEAD in message]
+    assert re.search(why, told)
+
+
+def test_a_base_without_known_gradients_is_named(
+    world: World, out: Path, tmp_path: Path, plans: list[Plan]
+) -> None:
+    base = pico.write_base(tmp_path / "gpt2.gguf", "gpt2")
+    bank = open_bank(tmp_path / "bank", create=True)
+    peft = pico.write_peft(tmp_path / "peft", "gpt2", seed=0)
+    bank.add(peft, read_base(base), name="one", facts=Facts(template="chat"))
+    with open_model(base, builds.ONE_THREAD) as model:
+        built = run(model, bank, world.helped, out, AUTO, plans, "Q: {prompt}\nA:")
+    assert built.refined is None and set(built.losses_alone) == {"one"}
+    assert any("gradients of gpt2" in m and INSTEAD in m for m in built.warnings)
+
+
+@pytest.mark.parametrize("operator", ["mixture", "gibbs"])
+def test_another_operator_takes_what_it_needs_and_nothing_is_said(
+    operator: str, world: World, model: Model, out: Path, plans: list[Plan]
+) -> None:
+    options = replace(AUTO, operator=operator)
+    built = run(model, open_bank(world.bank), world.helped, out, options, plans)
+    assert built.refined is None and not built.warnings
+    assert bool(built.losses_alone) == (operator == "gibbs")
+
+
+def test_an_objective_is_one_of_gradients(
+    world: World, model: Model, out: Path, plans: list[Plan]
+) -> None:
+    options = replace(AUTO, objective="prompts")
+    built = run(model, open_bank(world.bank), world.unanswered, out, options, plans)
+    assert built.refined is not None and built.refined.objective == "prompts"
+
+
+@pytest.mark.parametrize(("tokens_per_s", "n_passes"), [(10.0**6, 9), (40.0, 4), (0.1, 1)])
+def test_time_allows_fewer_passes_and_one_at_least(
+    tokens_per_s: float, n_passes: int, world: World, model: Model, out: Path, plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gradients, "_test_speed", lambda *arguments: tokens_per_s)
+    options = Options(refine="gradient", limit_s=600.0, passes=9, force=True)
+    built = run(model, open_bank(world.bank), world.helped, out, options, plans)
+    assert plans[0].gradient is not None and plans[0].gradient.n_passes == n_passes
+    told = [m for m in built.warnings if f"the time allows {n_passes} gradient pass(es) of 9" in m]
+    assert len(told) == (n_passes < 9)
+
+
+def test_a_repeated_build_combines_the_coefficients_that_gradients_found(
+    world: World, model: Model, out: Path, plans: list[Plan], decoded: list[int]
+) -> None:
+    options, bank = replace(AUTO, reuse=True, passes=8), open_bank(world.bank)
+    first = run(model, bank, world.helped, out, options, plans)
+    before = out.read_bytes()
+    assert first.chosen == "gradient" and decoded
+    decoded.clear()
+    second = run(model, bank, world.helped, out, options, plans)
+    assert not decoded and second.n_tokens == 0 and out.read_bytes() == before
+    assert plans[1].by == "an earlier build" and second.refined == first.refined
+    assert second.judgement == first.judgement and second.coefficients == first.coefficients
+    (file,) = BUILDS.files()
+    damaged = file.path.read_text().replace('"used": [0', '"used": [7')
+    file.path.write_text(damaged)
+    run(model, bank, world.helped, out, options, plans)
+    assert decoded and out.read_bytes() == before
+
+
+def test_what_was_interrupted_or_trained_is_not_repeated(
+    world: World, model: Model, out: Path
+) -> None:
+    bank, options = open_bank(world.bank), replace(AUTO, reuse=True)
+    interrupted = False
+
+    def once(stage: str, done: int, total: int) -> None:
+        nonlocal interrupted
+        if "steps on coefficients" in stage and done == total and not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+
+    ear = Listener(progress=once, keep=lambda question: True)
+    used = model_template(model)
+    build(model, bank, read_dataset(world.helped), used, out, options, ear)
+    assert interrupted and not BUILDS.files()
+    run(model, bank, world.helped, out, replace(options, polish=1), [])
+    assert not BUILDS.files()
+
+
+def test_linear_with_gradients_asked_for_is_refused(world: World, model: Model, out: Path) -> None:
+    options = replace(AUTO, combine="linear", polish=1)
+    with pytest.raises(EdgeLoRAError, match="linear averages factors"):
+        run(model, open_bank(world.bank), world.helped, out, options, [])
