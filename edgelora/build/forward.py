@@ -175,7 +175,10 @@ def _beside(
     name: str,
     run: Callable[[searches.Loss, Array], searches.Found],
 ) -> Trial:
-    """Vary the scale of the best trial, and what is added of the adapters of least loss alone."""
+    """Vary the scale of the best trial, and what is added of the adapters of least loss alone.
+
+    The best trial stays where the file of what was found, cut to its rank, is worse.
+    """
     assert search.measured is not None
     best, pool, measured = least_loss(trials), search.pool, search.measured
     order = np.argsort(measured.losses, kind="stable")
@@ -204,4 +207,4 @@ def _beside(
         trial = replace(search.make(name, coefficients), loss=found.loss)
         trial = measure_trial(context, trial, search.examples, search.budget)
         release(context, trial.path)
-    return trial
+    return best if trial.loss > best.loss else trial
