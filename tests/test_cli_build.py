@@ -410,7 +410,7 @@ def test_the_demo_finds_this_checkout() -> None:
 
 @pytest.mark.parametrize(
     ("words", "refine", "budget"),
-    [((), "forward", "20000"), (("--refine", "gradient"), "gradient", "60000"),
+    [((), "auto", "60000"), (("--refine", "forward"), "forward", "20000"),
      (("--refine", "gradient", "--quick"), "gradient", "14000")],
 )  # fmt: skip
 def test_the_demo_passes_its_choices_on(

@@ -81,11 +81,8 @@ def refine(
     recipe = Recipe(_told(refined), by_tensor)
     trial = _as_trial(work, candidate, recipe, nearness, folder)
     if is_crossed:
-        held_out = [
-            HeldOut(_write_fold(work, candidate, fold, positions, nearness, folder), fold.held_out)
-            for fold in found.folds
-        ]
-        trial = replace(trial, held_out=tuple(held_out))
+        write = partial(_write_fold, work, candidate, positions, nearness, folder)
+        trial = replace(trial, held_out=tuple(write(fold) for fold in found.folds))
     return trial, refined
 
 
@@ -204,16 +201,16 @@ def _as_trial(
 def _write_fold(
     work: Work,
     candidate: Candidate,
-    fold: Crossed,
     positions: Sequence[int],
     nearness: Nearness | None,
     folder: Path,
-) -> Path:
+    fold: Crossed,
+) -> HeldOut:
     """What was found without one fold, combined as the whole is."""
     path = folder / f"{NAME}-without-{fold.held_out[0]}.gguf"
     by_tensor = _spread(fold.coefficients, positions, len(work.pool.records))
     write_combination(work, candidate, nearness, path, Recipe({}, by_tensor))
-    return path
+    return HeldOut(path, fold.held_out)
 
 
 def _told(refined: Refined) -> dict[str, object]:

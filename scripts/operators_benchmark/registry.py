@@ -103,7 +103,7 @@ GROUPS: dict[str, list[str]] = {
     "@ours": [
         *OURS,
         *("forward", "gradient-cv", "gradient-10", "polish-10 n_passes=5"),
-        *("build", "build refine=gradient", "build refine=gradient polish=5"),
+        *("build", "build refine=forward", "build polish=5"),
     ],
     "@ranks": [f"uniform combine=svd rank={rank}" for rank in (8, 16, 32, 64)]
     + ["uniform combine=svd", "uniform combine=linear"],
