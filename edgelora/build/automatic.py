@@ -32,28 +32,30 @@ def settle_refinement(work: Work, parts: Parts | None) -> Opened | None:
     options = work.options
     if options.refine != AUTO:
         return None
-    gradient, forward = (replace(options, refine=name) for name in ("gradient", "forward"))
+    work.options = replace(options, refine="gradient")
     if options.objective:
-        work.options = gradient
         return None
-    work.options = forward
     if parts is None or options.operator != "auto":
+        work.options = replace(options, refine="forward")
         return None
     if options.combine == "linear":
-        work.warn("linear averages factors, which is no sum that gradients are computed for: "
-                  "coefficients come from the losses of forward passes")  # fmt: skip
+        _fall_back(work, "linear averages factors: no sum that gradients are computed for")
         return None
     try:
         opened = open_decoder_and_adapters(work, "")
     except UnsupportedFile as error:
-        work.warn(f"{error.what}: coefficients come from the losses of forward passes")
+        _fall_back(work, error.what)
         return None
-    work.options = gradient
     if shortage := _find_shortage(work, parts, opened):
-        work.options = forward
-        work.warn(f"{shortage}: coefficients come from the losses of forward passes")
+        _fall_back(work, shortage)
         return None
     return opened
+
+
+def _fall_back(work: Work, why: str) -> None:
+    """Back to forward passes, and say why."""
+    work.options = replace(work.options, refine="forward")
+    work.warn(f"{why}: coefficients come from the losses of forward passes")
 
 
 def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
