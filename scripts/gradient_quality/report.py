@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from result_lines import Row
 
+from edgelora.leave_one_out.shares import MIN_GAP
 from edgelora.metrics import paired_bootstrap
 from gradient_quality.measuring import WITHOUT_LABELS, Key, labels_of
 
@@ -115,15 +116,16 @@ def _difference(
 def _ratio(
     mine: dict[Any, Row], gains: Sequence[float], base: dict[Any, Row], own: dict[Any, Row]
 ) -> str:
-    if not mine:
+    """Gains over what the own adapters gain, where that is more than MIN_GAP."""
+    gaps = {case: base[case]["loss"] - own[case]["loss"] for case in mine}
+    wide = [case for case, gap in gaps.items() if gap > MIN_GAP]
+    if not wide:
         return ""
-    gaps = [base[case]["loss"] - own[case]["loss"] for case in mine]
-    if sum(gaps) <= 0:
-        return ""
-    weights = np.array(gaps)
-    if (weights < 0).any():  # an own adapter that is worse than the base: no ratio by bootstrap
-        return f"{sum(gains) / sum(gaps):.3f}"
-    low, mid, high = paired_bootstrap(gains, weights, _clusters(mine, mine))
+    of_case = dict(zip(mine, gains, strict=True))
+    weights = np.array([gaps[case] for case in wide])
+    low, mid, high = paired_bootstrap(
+        [of_case[case] for case in wide], weights, _clusters(mine, wide)
+    )
     return f"{mid:.3f} [{low:.3f}, {high:.3f}]"
 
 
