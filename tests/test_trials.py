@@ -13,7 +13,15 @@ import pytest
 
 from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import open_lora
-from edgelora.build.trials import SCALES, Budget, Trial, make_trial, score_trial, try_scales
+from edgelora.build.trials import (
+    SCALES,
+    Budget,
+    Trial,
+    make_trial,
+    score_trial,
+    try_scales,
+    try_scales_without,
+)
 from edgelora.engine.context import Context, open_context
 from edgelora.engine.model import ModelOptions, WeightedAdapter, open_model
 from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, score
@@ -129,6 +137,27 @@ def test_the_best_scale_is_found_by_climbing(
     assert all(losses[at] <= losses[i] for i in (at - 1, at + 1) if 0 <= i < len(SCALES))
     assert budget.n_used % count_tokens(examples) == 0
     assert budget.n_used <= len(SCALES) * count_tokens(examples)
+
+
+def test_the_scale_without_some_examples_is_the_best_of_those_tried_for_the_others(
+    context: Context, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the examples like twice the adapter, the others like none of it."""
+    liking = examples_liking(context, paths[1], 2.0)[:6]
+    examples = [*liking, *examples_liking(context, paths[1], 0.0)[6:]]
+    halves = [np.arange(12) < 6, np.arange(12) >= 6]
+    trial, tried = Trial(Candidate("it", ONE), paths[1]), []
+    with monkeypatch.context() as patch:
+        real = Context.apply
+        patch.setattr(Context, "apply", lambda c, a: tried.append(a[0].weight) or real(c, a))
+        found, scales = try_scales_without(context, trial, examples, Budget(10**6), halves)
+    alone = try_scales(context, trial, examples, Budget(10**6))
+    assert (found.candidate.scale, found.loss) == (alone.candidate.scale, alone.loss)
+    for out, scale in zip(halves, scales, strict=True):
+        kept = [e for e, is_out in zip(examples, out, strict=True) if not is_out]
+        losses = dict(zip(SCALES, measured(context, paths[1], kept), strict=True))
+        assert scale == min(tried, key=lambda s: losses[s])
+    assert len(tried) >= 2 and scales[0] < scales[1]
 
 
 def test_a_scale_multiplies_the_candidates_own(context: Context, paths: list[Path]) -> None:

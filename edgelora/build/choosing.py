@@ -8,15 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgelora.build.crossing import assign_folds, count_crossed_tokens
 from edgelora.build.search import release
-from edgelora.build.trials import Trial, make_trial, score_trial
+from edgelora.build.trials import Trial, make_trial, score_trial, settled
 from edgelora.build.work import MOST_COMPARED, Parts, Work, count_compared, count_compared_tokens
 from edgelora.engine.context import Context
 from edgelora.engine.score import Score, TokenisedExample, count_tokens, mean_loss
 from edgelora.errors import NoImprovement
 from edgelora.operators import arbiter
+
+_SAME = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +103,7 @@ def cross_score(
     for positions, other in _without_each_fold(trial, examples, paths, folder):
         found = score_trial(context, other, [examples[i] for i in positions])
         scores.update(zip(positions, found, strict=True))
-        if other is not None and other is not trial:
+        if other is not None and other.path != trial.path:
             release(context, other.path)
             if other.path.parent == folder:
                 other.path.unlink()
@@ -117,12 +120,18 @@ def _without_each_fold(
         return
     folds = assign_folds(examples)
     for fold, weights in zip(np.unique(folds), trial.folds, strict=True):
-        other: Trial | None = trial
-        if not weights.any():
-            other = None
-        elif not np.allclose(weights, trial.weights, atol=1e-4):
-            other = make_trial(f"fold {fold}", weights, paths, folder)
-        yield np.flatnonzero(folds == fold).tolist(), other
+        other = _rescaled(trial, weights) or make_trial(f"fold {fold}", weights, paths, folder)
+        yield np.flatnonzero(folds == fold).tolist(), other if weights.any() else None
+
+
+def _rescaled(trial: Trial, weights: NDArray[np.float64]) -> Trial | None:
+    """The trial's own file at another scale, where that comes to these weights."""
+    own, wanted = trial.weights, settled(weights)
+    factor = float(own @ wanted) / float(own @ own) if own.any() else 0.0
+    if not np.allclose(wanted, factor * own, atol=_SAME * float(np.abs(wanted).max())):
+        return None
+    candidate = replace(trial.candidate, scale=trial.candidate.scale * factor)
+    return replace(trial, candidate=candidate)
 
 
 def _settle(work: Work, parts: Parts, examples: Sequence[TokenisedExample], n_trials: int) -> None:

@@ -25,7 +25,7 @@ from edgelora.build.proposals import (
 )
 from edgelora.build.records import DEFAULT_DISTANCE, Options
 from edgelora.build.search import N_LINEARISATIONS, Search, release
-from edgelora.build.trials import Budget, Trial, least_loss, measure_trial, try_scales
+from edgelora.build.trials import Budget, Trial, least_loss, measure_trial, try_scales_without
 from edgelora.datasets.records import Example
 from edgelora.engine.context import Context, open_context
 from edgelora.engine.model import Model
@@ -122,7 +122,7 @@ def halving(search: Search, trials: Sequence[Trial]) -> Trial:
             )
         weights = gibbs(means, temperature=LOSS_TEMPERATURE)
         trial = search.make("halving", pool.spread(field, weights))
-        return _scaled(search, context, trial)
+        return _scaled(search, context, trial)[0]
 
 
 def coordinate(search: Search, trials: Sequence[Trial]) -> Trial:
@@ -155,16 +155,17 @@ def _try(search: Search, operator: str, trials: list[Trial]) -> None:
         for done, (name, coefficients) in enumerate(proposals):
             search.progress("trying candidates", done, len(proposals))
             made = search.make(name, coefficients)
-            trial = _scaled(search, context, made)
-            scale = trial.candidate.scale / made.candidate.scale
-            folds = tuple(others[done][1] * scale for others in folded)
-            trials.append(replace(trial, folds=folds))
+            trial, scales = _scaled(search, context, made)
+            folds = (others[done][1] * s for others, s in zip(folded, scales, strict=True))
+            trials.append(replace(trial, folds=tuple(folds)))
     search.progress("trying candidates", len(proposals), len(proposals))
 
 
-def _scaled(search: Search, context: Context, trial: Trial) -> Trial:
+def _scaled(search: Search, context: Context, trial: Trial) -> tuple[Trial, list[float]]:
+    """The trial at its best scale, and the best without the examples of each fold."""
+    folds = [search.folds == f for f in np.unique(search.folds)] if search.folds is not None else []
     try:
-        return try_scales(context, trial, search.examples, search.budget)
+        return try_scales_without(context, trial, search.examples, search.budget, folds)
     finally:
         release(context, trial.path)
 

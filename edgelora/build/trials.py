@@ -163,29 +163,56 @@ def try_scales(
     context: Context, trial: Trial, examples: Sequence[TokenisedExample], budget: Budget
 ) -> Trial:
     """Climb along SCALES from 1 to the least loss on `examples`; stops when the budget is spent."""
-    cost = count_tokens(examples)
-    losses: dict[int, float] = {}
+    return try_scales_without(context, trial, examples, budget, ())[0]
+
+
+def try_scales_without(
+    context: Context,
+    trial: Trial,
+    examples: Sequence[TokenisedExample],
+    budget: Budget,
+    left_out: Sequence[NDArray[np.bool_]],
+) -> tuple[Trial, list[float]]:
+    """The same, and of the scales tried the best without some of the examples, at no more passes.
+
+    Args:
+        left_out: (n,) each.
+
+    Returns:
+        The trial at its best scale, and by how much its own scale is multiplied without each part.
+    """
+    cost, first = count_tokens(examples), SCALES.index(1.0)
+    tried: dict[int, list[Score]] = {}
 
     def loss_at(i: int) -> float:
         if not 0 <= i < len(SCALES):
             return float("inf")
-        if i not in losses:
+        if i not in tried:
             if not budget.take(cost):
                 return float("inf")
             context.apply([WeightedAdapter(trial.path, trial.candidate.scale * SCALES[i])])
-            losses[i] = mean_loss(score(context, examples))
-        return losses[i]
+            tried[i] = score(context, examples)
+        return mean_loss(tried[i])
 
-    best = SCALES.index(1.0)
+    best = first
     loss_at(best)
     for step in (1, -1):
-        while loss_at(best + step) < losses.get(best, float("inf")):
+        while loss_at(best + step) < (loss_at(best) if best in tried else float("inf")):
             best += step
-        if best != SCALES.index(1.0):
+        if best != first:
             break
+
+    def best_without(out: NDArray[np.bool_]) -> int:
+        def loss(i: int) -> float:
+            return mean_loss([s for s, is_out in zip(tried[i], out, strict=True) if not is_out])
+
+        return min(tried, key=loss, default=first)
+
     candidate = trial.candidate
     scaled = Candidate(candidate.name, candidate.coefficients, candidate.scale * SCALES[best])
-    return replace(trial, candidate=scaled, loss=losses.get(best, float("nan")))
+    loss = mean_loss(tried[best]) if best in tried else float("nan")
+    scales = [SCALES[best_without(out)] for out in left_out]
+    return replace(trial, candidate=scaled, loss=loss), scales
 
 
 def measure_trial(
