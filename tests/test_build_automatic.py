@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -186,3 +187,24 @@ def test_linear_with_gradients_asked_for_is_refused(world: World, model: Model, 
     options = replace(AUTO, combine="linear", polish=1)
     with pytest.raises(EdgeLoRAError, match="linear averages factors"):
         run(model, open_bank(world.bank), world.helped, out, options, [])
+
+
+@pytest.mark.parametrize("refine", ["auto", "forward"])
+def test_of_many_examples_enough_are_compared(
+    refine: str, world: World, model: Model, out: Path, tmp_path: Path, plans: list[Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Comparing all 400 would take more than half of the budget."""
+    monkeypatch.setattr(gradients, "MAX_EXAMPLES", 16)
+    lines = [json.loads(line) for line in world.helped.read_text().splitlines()]
+    prompts = [f"{line['prompt']} {n}" for n in range(25) for line in lines]
+    completions = [line["completion"] for _ in range(25) for line in lines]
+    data = builds.write_lines(tmp_path / "many.jsonl", prompts, completions)
+    options = replace(AUTO, refine=refine, budget_tokens=60_000)
+    built = run(model, open_bank(world.bank), data, out, options, plans)
+    (plan,) = plans
+    assert (built.refined is None) == (refine == "forward")
+    assert 16 <= plan.n_selection < 200 and plan.n_support == 400 and built.n_tokens <= 60_000
+    assert built.judgement is not None and built.judgement.n_examples == plan.n_untouched
+    told = f"compared on the {plan.n_untouched} shortest of 200 examples"
+    assert any(told in message for message in built.warnings)

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from edgelora.build.gradients import Opened, count_first_pass, open_decoder_and_adapters
-from edgelora.build.pace import measure_speed, seconds_of_passes
+from edgelora.build.pace import fit_comparisons, measure_speed, seconds_of_passes
 from edgelora.build.work import Parts, Work, count_reserved_tokens
 from edgelora.errors import UnsupportedFile
 
@@ -61,7 +61,7 @@ def _fall_back(work: Work, why: str) -> None:
 def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
     """What a descent of one pass lacks, in words; "" if nothing."""
     n_tokens = count_first_pass(work, opened, parts.support, has_completions=True)
-    n_tokens += count_reserved_tokens(work, parts)
+    n_tokens += count_reserved_tokens(work, fit_comparisons(work, parts))
     if n_tokens > work.budget.left:
         return (
             f"one pass of gradients and its comparisons take {n_tokens:,} tokens, and "

@@ -38,6 +38,8 @@ from edgelora.memory import available_bytes
 
 # More examples than this cost more than they tell; a sample is drawn by the seed.
 MAX_EXAMPLES = 64
+# Of these, what other candidates are tried on: enough for a scale.
+MAX_SHOWN = 24
 # In a larger bank only so many adapters are combined, those of the steepest slope at the base: the
 # stacked factors of more would cost more than the base's own matrices.
 MAX_SOURCES = 64
@@ -148,12 +150,20 @@ def threads(work: Work) -> Iterator[None]:
         yield
 
 
-def sampled(examples: Sequence[TokenisedExample], seed: int) -> list[TokenisedExample]:
-    """At most MAX_EXAMPLES, drawn by the seed, in their order."""
-    if len(examples) <= MAX_EXAMPLES:
+def sampled(
+    examples: Sequence[TokenisedExample], seed: int, *, most: int | None = None
+) -> list[TokenisedExample]:
+    """At most so many (MAX_EXAMPLES), drawn by the seed, in their order."""
+    most = most or MAX_EXAMPLES
+    if len(examples) <= most:
         return list(examples)
-    chosen = sorted(random.Random(seed).sample(range(len(examples)), MAX_EXAMPLES))
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
     return [examples[i] for i in chosen]
+
+
+def shown_of(examples: Sequence[TokenisedExample], seed: int) -> list[TokenisedExample]:
+    """The examples that candidates are tried on beside gradients: all that there are, if few."""
+    return sampled(sampled(examples, seed), seed, most=MAX_SHOWN)
 
 
 def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
@@ -279,7 +289,7 @@ def _others(work: Work, examples: Sequence[TokenisedExample]) -> int:
     if not all(example.completion for example in examples):
         return n_embedded
     n_passes = 1 + TRIES_A_CANDIDATE * count_candidates(work.options, bool(work.pool.signed))
-    return n_embedded + n_passes * count_tokens(examples)
+    return n_embedded + n_passes * count_tokens(shown_of(examples, work.options.seed))
 
 
 def _test_speed(

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from edgelora.build.gradients import sampled
+from edgelora.build.gradients import shown_of
 from edgelora.build.pace import estimate_merges, measure_merge
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import (
@@ -59,8 +59,8 @@ def measure_parts(
         positions, shown = shortlist(pool, parts.support, nearness, share)
         if not needs_losses(work.options):
             positions = []
-        if work.gradient is not None:  # all that gradients learn from, so that losses compare
-            shown = sampled(parts.support, work.options.seed)
+        if work.gradient is not None:
+            shown = shown_of(parts.support, work.options.seed)
         work.spend(
             (1 + len(positions)) * count_tokens(shown),
             f"measuring {len(positions)} adapter(s) on {len(shown)} examples",

@@ -29,7 +29,9 @@ from edgelora.gradient.descent import DescentOptions
 _N_WARM, _N_TIMED, _N_TIMES = 16, 64, 3
 _SHARE_OF_PASSES = 0.9
 _SHARE_FOR_COMPARISONS = 0.5
-_LEAST_COMPARED = 6
+# Examples in a part that candidates are compared on: what a short time may cut them to, and what
+# is no waste of a budget.
+_LEAST_COMPARED, _ENOUGH_COMPARED = 6, 16
 _STEP = 500
 # Reading and hashing the sources and writing the file take most of what the linear algebra does.
 _WITH_FILES = 1.7
@@ -54,7 +56,9 @@ def cut_to_time(work: Work, parts: Parts) -> Parts:
     if allowed >= work.budget.n_tokens:
         return parts
     work.is_cut = True
-    fitted = _shortened(work, parts, int(_SHARE_FOR_COMPARISONS * allowed))
+    fitted = _shortened(
+        work, parts, int(_SHARE_FOR_COMPARISONS * allowed), at_least=_LEAST_COMPARED
+    )
     least = _count_least_tokens(work, fitted)
     _set_budget(work, max(allowed, least))
     if least > allowed:
@@ -63,6 +67,30 @@ def cut_to_time(work: Work, parts: Parts) -> Parts:
             f"build takes {least:,} at the very least: about {least / speed / 60:.0f} min"
         )
     return fitted
+
+
+def fit_comparisons(work: Work, parts: Parts) -> Parts:
+    """The parts that leave half of the budget, or of what the time allows, to the search.
+
+    A person with thousands of examples need not have them all compared: the longest leave, as long
+    as enough are left.
+    """
+    allowed: float = work.budget.left
+    if math.isfinite(work.options.limit_s):
+        speed = measure_speed(work, parts.support)
+        allowed = min(allowed, speed * seconds_of_passes(work, parts))
+    n_tokens = int(_SHARE_FOR_COMPARISONS * allowed)
+    return _shortened(work, parts, n_tokens, at_least=_ENOUGH_COMPARED)
+
+
+def tell_what_left(work: Work, parts: Parts, fitted: Parts) -> None:
+    """Warn of examples that comparisons do without."""
+    if len(fitted.judged) < len(parts.judged):
+        work.warn(
+            f"candidates are compared on the {len(fitted.judged)} shortest of "
+            f"{len(parts.judged)} examples: more would take over half of the budget or the time "
+            "(--budget)"
+        )
 
 
 def estimate_merges(work: Work, parts: Parts) -> float:
@@ -168,7 +196,7 @@ def _set_budget(work: Work, n_tokens: int) -> None:
     work.budget.n_used = used
 
 
-def _shortened(work: Work, parts: Parts, n_tokens: int) -> Parts:
+def _shortened(work: Work, parts: Parts, n_tokens: int, *, at_least: int) -> Parts:
     """The parts without their longest examples, until comparing takes `n_tokens`, or few are left.
 
     Support stays whole where it is not what is compared: the shortest of it are used anyway.
@@ -176,30 +204,28 @@ def _shortened(work: Work, parts: Parts, n_tokens: int) -> Parts:
     fitted = parts
     while count_reserved_tokens(work, fitted) > n_tokens:
         longest = max(len(fitted.selection), len(fitted.judged))
-        if longest <= _LEAST_COMPARED:
+        if longest <= at_least:
             break
-        fitted = _without_longest(fitted)
-    n_left = len(parts.judged) - len(fitted.judged)
-    if n_left:
-        work.warn(
-            f"candidates are compared on the {len(fitted.judged)} shortest of "
-            f"{len(parts.judged)} examples: more would not fit the time (--budget)"
-        )
+        fitted = _without_longest(fitted, at_least)
     return fitted
 
 
-def _without_longest(parts: Parts) -> Parts:
-    """The longest examples leave each part that is compared on and has more than enough."""
-    judged = _cut(parts.judged)
+def _without_longest(parts: Parts, at_least: int) -> Parts:
+    """The longest examples leave each part that is compared on and has more than that."""
+    judged = _cut(parts.judged, at_least)
     if parts.is_crossed:
         return replace(parts, support=judged, judged=judged)
     same = parts.selection is parts.judged
-    return replace(parts, selection=judged if same else _cut(parts.selection), judged=judged)
+    return replace(
+        parts, selection=judged if same else _cut(parts.selection, at_least), judged=judged
+    )
 
 
-def _cut(examples: list[TokenisedExample]) -> list[TokenisedExample]:
+def _cut(examples: list[TokenisedExample], at_least: int) -> list[TokenisedExample]:
     """Without a tenth of them, in their order."""
-    n_kept = max(_LEAST_COMPARED, len(examples) - max(1, len(examples) // 10))
+    if len(examples) <= at_least:
+        return examples
+    n_kept = max(at_least, len(examples) - max(1, len(examples) // 10))
     order = sorted(range(len(examples)), key=lambda i: examples[i].n_tokens)
     return [examples[i] for i in sorted(order[:n_kept])]
 

@@ -33,7 +33,13 @@ from edgelora.build.measuring import (
     measure_parts,
     plan_unmeasured,
 )
-from edgelora.build.pace import cut_embedding_to_time, cut_to_time, seconds_of_passes
+from edgelora.build.pace import (
+    cut_embedding_to_time,
+    cut_to_time,
+    fit_comparisons,
+    seconds_of_passes,
+    tell_what_left,
+)
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
 from edgelora.build.proposals import (
@@ -165,13 +171,14 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     if earlier is not None:
         return build_again(work, earlier)
     split = _split(work, dataset)
-    parts = tokenise_parts(work, split)
-    opened = settle_refinement(work, parts)
-    seconds = math.inf
+    whole = tokenise_parts(work, split)
+    opened = settle_refinement(work, whole)
+    parts, seconds = fit_comparisons(work, whole), math.inf
     if work.options.needs_gradients and math.isfinite(work.options.limit_s):
         seconds = seconds_of_passes(work, parts)
     elif work.options.operator not in ACTIVATED:
         parts = cut_to_time(work, parts)
+    tell_what_left(work, whole, parts)
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
