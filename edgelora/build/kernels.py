@@ -16,7 +16,7 @@ from edgelora.operators.mixture import MixtureBank
 from edgelora.signature import Signature
 
 KERNELS = Shelf("kernels", ".kernels", 128 << 20)
-_VERSION = b"1"
+_VERSION = b"2"
 _DIGEST_BYTES = 32
 Array = NDArray[np.float64]
 
