@@ -283,7 +283,7 @@ class _Kernels:
 def exponent_factors(points: Array, median_squared: float) -> tuple[Array, Array]:
     """(m, p + 2) twice: left(x) @ right(y).T is -|x - y|^2 / (4 median_squared).
 
-    One product for the whole exponent: cdist takes four times as long.
+    One product for the whole exponent, which cdist would sum value by value.
     """
     scaled = points / math.sqrt(4.0 * median_squared)
     squares = -(scaled**2).sum(axis=1, keepdims=True)
