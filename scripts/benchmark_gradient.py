@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,18 @@ from unittest.mock import patch
 
 import numpy as np
 import psutil
-from make_shape import SHAPES, write_base, write_gguf_lora
+from make_shape import SHAPES, write_base, write_planned_lora
 from measure_memory import watch
 
-from edgelora.adapters.gguf_lora import open_lora
+from edgelora.adapters.base import Base, read_base
+from edgelora.adapters.gguf_lora import PairPlan, check, open_lora
 from edgelora.bases import resolve
 from edgelora.engine.score import TokenisedExample, mean_loss
 from edgelora.gradient import weights
 from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.observers import CoefficientGradients
 
+ADAPTED = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
 N_FILES = 4  # of the bank; more adapters than files are the same files again
 
 
@@ -83,7 +85,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--torch", type=Path, metavar="PYTHON")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--shared", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.layers and not options.shape:
+        parser.error("--layers shortens a base of random weights: it needs --shape")
+    return options
 
 
 def arms_of(options: argparse.Namespace) -> list[tuple[str, bool]]:
@@ -106,18 +111,36 @@ def prepare(options: argparse.Namespace) -> None:
     """Write what is missing in the folder."""
     options.folder.mkdir(parents=True, exist_ok=True)
     base = base_of(options)
-    shape = SHAPES[options.shape or "smollm2-135m"]
-    shape = replace(shape, n_layer=options.layers or shape.n_layer)
-    if not base.exists():
+    if options.shape and not base.exists():
+        shape = SHAPES[options.shape]
+        shape = replace(shape, n_layer=options.layers or shape.n_layer)
         write_base(base, shape, dtype=options.type)
     copy = llama_base(options)
     if not copy.exists():
         from edgelora.engine.quantize import quantize
 
         quantize(base, copy, options.llama_type)
-    for number, path in enumerate(bank_of(options)):
-        if options.adapters and not path.exists():
-            write_gguf_lora(path, shape, rank=options.rank, seed=number)
+    if options.adapters:
+        write_bank_for(read_base(base), bank_of(options), options.rank)
+
+
+def write_bank_for(base: Base, paths: Sequence[Path], rank: int) -> None:
+    """Adapters of the base's own q, k and v where they are missing.
+
+    What lies there but is not of this base ends the run: a pass would fail on it halfway.
+    """
+    plan = [
+        PairPlan(name, rank, shape[1], shape[0])
+        for name, shape in base.shapes.items()
+        if name.startswith("blk.") and name.split(".", 2)[2] in ADAPTED
+    ]
+    if not plan:
+        sys.exit(f"{base.path}: none of its tensors is {', '.join(ADAPTED)}; leave --adapters out")
+    for number, path in enumerate(paths):
+        if not path.exists():
+            write_planned_lora(path, plan, architecture=base.architecture, seed=number)
+        elif problems := check(open_lora(path), base):
+            sys.exit(f"{path}: not an adapter of {base.path} ({problems[0]}); delete it")
 
 
 def llama_base(options: argparse.Namespace) -> Path:
@@ -127,7 +150,8 @@ def llama_base(options: argparse.Namespace) -> Path:
 
 
 def bank_of(options: argparse.Namespace) -> list[Path]:
-    name = f"{options.shape or 'smollm2-135m'}-{options.layers}-r{options.rank}"
+    """The adapters' files."""
+    name = f"{base_of(options).stem}-r{options.rank}"
     return [Path(options.folder) / f"{name}-{i}.gguf" for i in range(N_FILES)]
 
 
@@ -319,7 +343,7 @@ def run_torch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
-    """A Markdown table, and what the arms say of each other."""
+    """A Markdown table, and `_comparisons`."""
     lines = [
         f"{base_of(options).name}; llama.cpp with {llama_base(options).name}"
         f"{', not repacked' if options.low_ram else ', repacked where it can be'};"
@@ -341,22 +365,25 @@ def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         cells = [name, str(row["rows"]), f"{row['seconds']:.2f}", times, *parts]
         cells += [f"{row['peak_mb']:.0f}", f"{row['read_mb']:.0f}", f"{row['loss']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_comparisons(rows, options)])
+
+
+def _comparisons(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> Iterator[str]:
+    """What the arms say of each other, where those that it takes were run."""
     seconds = {name: row["seconds"] for name, row in rows.items()}
-    lines.append("")
-    if "gradient, unshared" in seconds:
+    if seconds.keys() >= {"gradient, unshared", "gradient, shared"}:
         gain = seconds["gradient, unshared"] / seconds["gradient, shared"]
-        lines.append(f"- Sharing the prefix makes a pass {gain:.2f} times faster.")
-    if "bank, shared" in seconds:
+        yield f"- Sharing the prefix makes a pass {gain:.2f} times faster."
+    if seconds.keys() >= {"bank, shared", "gradient, shared", "forward, shared"}:
         ranking = seconds["bank, shared"] - seconds["gradient, shared"]
-        lines.append(
+        yield (
             f"- Ranking {options.adapters} adapters of rank {options.rank} costs "
             f"{ranking / seconds['forward, shared']:.2f} of a forward."
         )
-    if "torch, unshared" in seconds:
+    if seconds.keys() >= {"torch, unshared", "gradient, shared"}:
         faster = seconds["torch, unshared"] / seconds["gradient, shared"]
         less = rows["torch, unshared"]["peak_mb"] / rows["gradient, shared"]["peak_mb"]
-        lines.append(f"- torch takes {faster:.2f} times as long and {less:.1f} times the memory.")
-    return "\n".join(lines)
+        yield f"- torch takes {faster:.2f} times as long and {less:.1f} times the memory."
 
 
 ARMS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

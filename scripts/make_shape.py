@@ -238,9 +238,22 @@ def write_gguf_lora(
         for layer in range(shape.n_layer)
         for part, (n_out, n_in) in sizes.items()
     ]
+    return write_planned_lora(path, plan, alpha=alpha, dtype=dtype, seed=seed)
+
+
+def write_planned_lora(
+    path: Path,
+    plan: Sequence[PairPlan],
+    *,
+    architecture: str = "llama",
+    alpha: float = 32,
+    dtype: str = "f16",
+    seed: int = 0,
+) -> Path:
+    """A GGUF LoRA of these tensors."""
     rng = np.random.default_rng(seed)
-    pairs = (LoraPair(p.name, *_draw(rng, p.n_out, p.n_in, p.rank), alpha / rank) for p in plan)
-    write_lora(path, plan, pairs, architecture="llama", alpha=alpha, dtype=dtype)
+    pairs = (LoraPair(p.name, *_draw(rng, p.n_out, p.n_in, p.rank), alpha / p.rank) for p in plan)
+    write_lora(path, plan, pairs, architecture=architecture, alpha=alpha, dtype=dtype)
     return path
 
 

@@ -19,6 +19,7 @@ import pytest
 from bank_worker import make_signature
 from cli_runner import posix_only, run
 
+from edgelora import desk as desk_module
 from edgelora.adapters.base import Base, read_base
 from edgelora.bank import Bank, Facts, open_bank, remote
 from edgelora.bank.adding import (
@@ -36,6 +37,7 @@ from edgelora.bank.embedding import open_embedder
 from edgelora.bank.remote import RemoteEmbed
 from edgelora.bank.verify import verify
 from edgelora.cluster import open_cluster
+from edgelora.desk import Desk
 from edgelora.errors import ClusterError
 from edgelora.files import TEMPORARY_PREFIX
 from edgelora.signature.storage import to_bytes
@@ -140,18 +142,18 @@ def test_a_worker_that_would_embed_otherwise_says_so(
     with pytest.raises(ClusterError, match=said):
         embed.check()
     with pytest.raises(ClusterError, match=said):
-        remote._Desk().embed(embed, "is it odd?")
+        Desk(remote._opened).call(embed, "is it odd?")
 
 
 def test_an_idle_worker_closes_the_base(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "IDLE_S", 0.05)
-    desk = remote._Desk()
-    desk.embed(RemoteEmbed.of(base, 1, 0), "is it odd?")
+    monkeypatch.setattr(desk_module, "IDLE_S", 0.05)
+    desk = Desk(remote._opened)
+    desk.call(RemoteEmbed.of(base, 1, 0), "is it odd?")
     deadline = time.monotonic() + 20
     while desk._opened is not None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert desk._opened is None
-    desk.embed(RemoteEmbed.of(base, 1, 0), "is it even?")
+    desk.call(RemoteEmbed.of(base, 1, 0), "is it even?")
 
 
 def test_offline_refuses_a_scheduler(tmp_path: Path, base: Base) -> None:

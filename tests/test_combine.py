@@ -249,6 +249,23 @@ def test_linear_is_the_papers_average_of_flattened_factors() -> None:
         assert relative(dense(pair), 2.0 * averaged_b @ averaged_a) < 1e-6
 
 
+@pytest.mark.parametrize("share", [0.5, 1e-6])
+def test_the_error_of_linear_is_that_of_what_it_made(share: float) -> None:
+    """From Gram matrices or from the dense sum; other scales, a coefficient for each component."""
+    sources = [adapter(2, scale=2.0), adapter(5, scale=0.7)]
+    rows = np.array([[1.0, -0.5, 2.0, 0.0], [share, 0.3, -share, 1.0]])
+    made = combine("linear", sources, {"x": rows, "y": rows * share}, scale=1.5)
+    for pair, report in zip(made.pairs(), made.reports, strict=True):
+        row = rows * (share if report.name == "y" else 1.0)
+        terms = []
+        for source, weights in zip(sources, row, strict=True):
+            one = source.pair(report.name)
+            terms.append(dense(LoraPair("", weights[:, None] * one.lora_a, one.lora_b, one.scale)))
+        wanted = 1.5 * sum(terms)
+        assert report.norm == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+        assert report.error == pytest.approx(relative(dense(pair), wanted), rel=1e-5)
+
+
 def test_what_cancels_is_left_out_and_named() -> None:
     same = adapter(1)
     partly = combine("svd", [same, same, adapter(2, names="x")], [1.0, -1.0, 0.5])

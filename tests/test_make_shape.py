@@ -101,3 +101,25 @@ def test_the_conversion_benchmark_runs(tmp_path: Path) -> None:
     told = run_benchmark("convert", results, "--adapters", 2, "--workspace", tmp_path)
     assert told["adapters"] == 2 and told["seconds_each"] > 0 and told["anonymous_mb"] > 0
     assert "| smollm2-135m | 2 |" in adapter_results.report([told])
+
+
+def test_the_gradient_benchmark_makes_adapters_of_its_base(
+    made: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base of another shape than the default, then adapters that are of neither."""
+    base = made.write_base(tmp_path / "mine.gguf", made.SHAPES["small"], dtype="q8_0")
+    command = [
+        sys.executable, str(SCRIPTS / "benchmark_gradient.py"), str(tmp_path), "--base", str(base),
+        "--adapters", "5", "--rank", "4", "--arms", "forward", "--shared-only",
+        "--examples", "2", "--prefix", "4", "--own", "6",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| bank, shared |" in done.stdout
+    adapter = tmp_path / "mine-r4-0.gguf"
+    assert check(open_lora(adapter), read_base(base)) == []
+    made.write_gguf_lora(adapter, made.Shape(2, 32, 96, 4, 2, 400, 128), rank=4)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{adapter}: not an adapter of {base}" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -21,9 +21,10 @@ from edgelora.adapters.lora import LoraPair
 from edgelora.adapters.lora_layout import PairPlan
 from edgelora.adapters.lowrank import (
     Factors,
+    grams,
     product_distance,
-    product_norm,
     reduced,
+    root_of,
 )
 from edgelora.adapters.terms import Source, Terms, terms_of
 from edgelora.errors import EdgeLoRAError, IncompatibleAdapter, UnsupportedFile
@@ -230,19 +231,29 @@ def _make_cat(terms: Terms, rank: int | None) -> Made:
 
 
 def _make_linear(terms: Terms, rank: int | None) -> Made:
-    lora_a, lora_b = _factors_linear(terms)
-    if terms.is_dense:
-        total, norm = terms.dense()
-        return Made(len(lora_a), norm, product_distance(total, (lora_a, lora_b)))
-    stacked_a, stacked_b = terms.stack()
-    norm = terms.norm_of((stacked_a, stacked_b))
-    difference_b = np.concatenate([lora_b, -stacked_b], axis=1)
-    error = product_norm(difference_b, np.concatenate([lora_a, stacked_a]))
-    return Made(len(lora_a), norm, error)
-
-
-def _factors_linear(terms: Terms) -> Factors:
     """(sum c_i A_i) and scale * (sum c_i s_i B_i): with equal s_i, the paper's average."""
+    if terms.is_dense:
+        factors = _averaged_one_by_one(terms)
+        total, norm = terms.dense()
+        error = product_distance(total, factors)
+        return Made(len(factors[0]), norm, error, factors=factors)
+    lora_a, lora_b = terms.stack()
+    bound = terms.bound((lora_a, lora_b))
+    gram_b, gram_a = grams(lora_b, lora_a)
+    exact = float((gram_b * gram_a).sum())
+    norm = terms.real_norm(root_of(exact), bound)
+    fold = np.tile(np.eye(terms.ranks[0]), len(terms.ranks))
+    weighted = fold * np.concatenate(terms.coefficients)
+    averaged = weighted.astype(np.float32) @ lora_a, lora_b @ fold.T.astype(np.float32)
+    # |B (F' C - I) A|^2 with F = fold and C = weighted, from the Gram matrices alone.
+    folded_b, weighted_a = fold @ gram_b, weighted @ gram_a
+    crossed = float((folded_b * weighted_a).sum())
+    own = float(((folded_b @ fold.T) * (weighted_a @ weighted.T)).sum())
+    return Made(len(fold), norm, root_of(own - 2.0 * crossed + exact), factors=averaged)
+
+
+def _averaged_one_by_one(terms: Terms) -> Factors:
+    """The factors of `linear` where the stacked ones are too large to be kept."""
     n_out, n_in = terms.shape
     lora_a = np.zeros((terms.ranks[0], n_in), np.float32)
     lora_b = np.zeros((n_out, terms.ranks[0]), np.float32)
@@ -255,7 +266,7 @@ def _factors_linear(terms: Terms) -> Factors:
 COMBINATIONS: dict[str, Method] = {
     "svd": Method(_make_svd, takes_rank=True),
     "cat": Method(_make_cat, Terms.stack),
-    "linear": Method(_make_linear, _factors_linear, equal_ranks=True),
+    "linear": Method(_make_linear, equal_ranks=True),
 }
 
 

@@ -122,11 +122,20 @@ def product_norm(lora_b: Float32, lora_a: Float32) -> float:
 
     NaN where a factor holds NaN or infinity.
     """
-    b, a = lora_b.astype(np.float64), lora_a.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        square = float(((b.T @ b) * (a @ a.T)).sum())
-    # Not max(0.0, square), which is 0 where square is NaN.
-    return 0.0 if square < 0 else math.sqrt(square)
+        gram_b, gram_a = grams(lora_b, lora_a)
+        return root_of(float((gram_b * gram_a).sum()))
+
+
+def grams(lora_b: Float32, lora_a: Float32) -> tuple[Float64, Float64]:
+    """lora_b.T @ lora_b and lora_a @ lora_a.T, (R, R) float64: all that norms of products need."""
+    b, a = lora_b.astype(np.float64), lora_a.astype(np.float64)
+    return b.T @ b, a @ a.T
+
+
+def root_of(square: float) -> float:
+    """The root of a square that rounding may have made negative; NaN stays NaN."""
+    return 0.0 if square < 0 else math.sqrt(square)  # max(0.0, square) is 0 where square is NaN
 
 
 def product_distance(matrix: Float32, factors: Factors) -> float:

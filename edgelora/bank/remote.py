@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +18,10 @@ from edgelora.bank.adding import Each, Embed
 from edgelora.bank.embedding import open_embedder
 from edgelora.cluster import open_cluster, tell
 from edgelora.datasets.records import Dataset
+from edgelora.desk import Desk
 from edgelora.errors import ClusterError, EdgeLoRAError
 from edgelora.signature import Signature
 from edgelora.summarise import embedding_name
-
-# A worker that has nothing to embed gives the memory of the base back.
-IDLE_S = 60.0
 
 
 @contextlib.contextmanager
@@ -109,88 +105,54 @@ class RemoteEmbed:
         Raises:
             ClusterError: another version of EdgeLoRA, or another base or none at the path.
         """
-        here = embedding_name(self.n_layers)
-        if (self.version, self.embedding) != (__version__, here):
-            raise ClusterError(
-                f"EdgeLoRA {__version__} ({here}), not {self.version} ({self.embedding})"
-            )
-        path = Path(self.base)
-        try:
-            found = (read_base(path).identity.id, path.stat().st_size)
-        except (EdgeLoRAError, OSError) as error:
-            text = error.what if isinstance(error, EdgeLoRAError) else str(error)
-            raise ClusterError(f"the base cannot be read there: {text}") from error
-        if found != (self.base_id, self.size_bytes):
-            raise ClusterError(
-                f"{path}: another base than here ({found[0]}, {found[1]} bytes; "
-                f"not {self.base_id}, {self.size_bytes} bytes)"
-            )
+        refuse_other_version(self.version, self.embedding, self.n_layers)
+        refuse_other_base(self.base, self.base_id, self.size_bytes)
 
     def __call__(self, what: Dataset | str) -> Signature:
-        signature, warnings = _desk().embed(self, what)
+        signature, warnings = _desk().call(self, what)
         for warning in warnings:
             tell(warning)
         return signature
 
 
+def refuse_other_version(version: str, embedding: str, n_layers: int = 0) -> None:
+    """Raise ClusterError unless this process's EdgeLoRA is of that version and embeds so."""
+    here = embedding_name(n_layers)
+    if (version, embedding) != (__version__, here):
+        raise ClusterError(f"EdgeLoRA {__version__} ({here}), not {version} ({embedding})")
+
+
+def refuse_other_base(base: str, base_id: str, size_bytes: int) -> None:
+    """Raise ClusterError unless the file at that path is that base, and of that size."""
+    path = Path(base)
+    try:
+        found = (read_base(path).identity.id, path.stat().st_size)
+    except (EdgeLoRAError, OSError) as error:
+        text = error.what if isinstance(error, EdgeLoRAError) else str(error)
+        raise ClusterError(f"the base cannot be read there: {text}") from error
+    if found != (base_id, size_bytes):
+        raise ClusterError(
+            f"{path}: another base than here ({found[0]}, {found[1]} bytes; "
+            f"not {base_id}, {size_bytes} bytes)"
+        )
+
+
 @functools.cache
-def _desk() -> _Desk:
+def _desk() -> Desk[RemoteEmbed, Dataset | str, Signature]:
     """The one of this process."""
-    return _Desk()
+    return Desk(_opened)
 
 
-class _Desk:
-    """The base that a worker keeps open between calls.
-
-    One thread does all the work: a context of llama.cpp and a connection to SQLite belong to the
-    thread that made them, and Dask calls from any.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="edgelora-embed")
-        self._stack = contextlib.ExitStack()
-        self._opened: tuple[RemoteEmbed, Embed] | None = None
-        self._warnings: list[str] = []
-        self._n_calls = 0
-
-    def embed(self, how: RemoteEmbed, what: Dataset | str) -> tuple[Signature, tuple[str, ...]]:
-        """The signature, and what the engine had to say when it was opened."""
-        return self._thread.submit(self._embed, how, what).result()
-
-    def _embed(self, how: RemoteEmbed, what: Dataset | str) -> tuple[Signature, tuple[str, ...]]:
-        self._n_calls += 1
-        try:
-            return self._open(how)(what), tuple(self._warnings)
-        finally:
-            timer = threading.Timer(IDLE_S, self._rest, [self._n_calls])
-            timer.daemon = True
-            timer.start()
-
-    def _open(self, how: RemoteEmbed) -> Embed:
-        if self._opened is None or self._opened[0] != how:
-            self._close()
-            how.check()
-            opened = open_embedder(
-                Path(how.base),
-                n_layers=how.n_layers,
-                n_threads=how.n_threads,
-                low_ram=how.low_ram,
-                n_embedded=how.n_embedded,
-                seed=how.seed,
-                warn=self._warnings.append,
-            )
-            self._opened = how, self._stack.enter_context(opened)
-        return self._opened[1]
-
-    def _close(self) -> None:
-        self._opened = None
-        self._warnings.clear()
-        self._stack.close()
-
-    def _rest(self, n_calls: int) -> None:
-        def close_if_idle() -> None:
-            if self._n_calls == n_calls:
-                self._close()
-
-        with contextlib.suppress(RuntimeError):  # the process is ending
-            self._thread.submit(close_if_idle)
+@contextlib.contextmanager
+def _opened(how: RemoteEmbed, warn: Callable[[str], None]) -> Iterator[Embed]:
+    how.check()
+    with open_embedder(
+        Path(how.base),
+        n_layers=how.n_layers,
+        n_threads=how.n_threads,
+        low_ram=how.low_ram,
+        n_embedded=how.n_embedded,
+        seed=how.seed,
+        warn=warn,
+    ) as embed:
+        yield embed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,8 +16,11 @@ from edgelora.cli import console
 from edgelora.cli.options import json_option, model_options, open_engine, show_template_warnings
 
 if TYPE_CHECKING:
+    from edgelora.adapters.base import Base
+    from edgelora.bank import Bank
+    from edgelora.build import Options
     from edgelora.leave_one_out.lines import Row
-    from edgelora.leave_one_out.run import Settings
+    from edgelora.leave_one_out.run import Each, Measure, Settings
     from edgelora.leave_one_out.shares import Recovered
     from edgelora.leave_one_out.summary import ArmSummary
 
@@ -54,6 +59,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--task", "tasks", multiple=True, help="Only adapters of this name; a pattern.")
 @click.option("--no-generate", is_flag=True, help="Loss only: no answers, far quicker.")
+@click.option("--scheduler", help="Measure on the workers of this Dask scheduler: tcp://HOST:PORT.")
 @json_option
 @console.common_options
 @console.tells_memory
@@ -69,6 +75,7 @@ def evaluate(
     template: str | None,
     low_ram: bool | None,
     no_generate: bool,
+    scheduler: str | None,
     as_json: bool,
     threads: int,
     seed: int,
@@ -82,7 +89,8 @@ def evaluate(
     from edgelora.leave_one_out.summary import summarise_arms
 
     settings = Settings(split, labels, n_test, seed, tasks, not no_generate)
-    rows = _evaluate(base, bank_path, data, output, settings, template, threads, low_ram)
+    how = {"template": template, "n_threads": threads, "low_ram": low_ram}
+    rows = _evaluate(base, bank_path, data, output, settings, scheduler, how)
     found = summarise_arms(rows)
     if as_json:
         console.show_json({"bank": str(bank_path), "rows": rows, "arms": list(map(asdict, found))})
@@ -91,30 +99,58 @@ def evaluate(
 
 
 def _evaluate(
-    base: str,
+    base_name: str,
     bank_path: Path,
     data: Path,
     output: Path,
     settings: Settings,
-    template: str | None,
-    threads: int,
-    low_ram: bool | None,
+    scheduler: str | None,
+    how: dict[str, Any],
 ) -> list[Row]:
+    from edgelora.adapters.base import read_base
     from edgelora.bank import open_bank
-    from edgelora.engine.prepare import model_template
+    from edgelora.bases import resolve
+    from edgelora.build import Options
     from edgelora.leave_one_out.run import evaluate_bank
     from edgelora.metrics import rouge_l
 
     if settings.with_answers:
         rouge_l("probe", ["probe"])  # a missing package is told before any work
-    with open_engine(base, threads, low_ram) as model, console.stages() as progress:
-        used = model_template(model, template)
-        found = evaluate_bank(
-            model, open_bank(bank_path), used, data, output, settings, progress=progress,
-            warn=lambda text: console.warn(console.safe(text)),
-        )  # fmt: skip
-    show_template_warnings(used, set())
-    return found
+    base, bank = read_base(resolve(base_name)), open_bank(bank_path)
+    options = Options(seed=settings.seed)
+    with (
+        _open_measure(base, bank, scheduler, options, how) as (measure, each),
+        console.stages() as progress,
+    ):
+        return evaluate_bank(
+            base, bank, data, output, measure, settings, each=each, progress=progress, warn=_warn
+        )
+
+
+@contextlib.contextmanager
+def _open_measure(
+    base: Base, bank: Bank, scheduler: str | None, options: Options, how: dict[str, Any]
+) -> Iterator[tuple[Measure, Each]]:
+    """How arms are measured: here, or on the workers of a scheduler."""
+    from edgelora.engine.prepare import model_template
+    from edgelora.hub.offline import require_network
+    from edgelora.leave_one_out import arms
+    from edgelora.leave_one_out.remote import open_remote_measure
+    from edgelora.leave_one_out.run import in_turn
+
+    if scheduler is not None:
+        require_network("--scheduler")
+        with open_remote_measure(base, bank, scheduler, options, **how, warn=_warn) as remote:
+            yield remote
+        return
+    with open_engine(base.path, how["n_threads"], how["low_ram"]) as model:
+        template = model_template(model, how["template"])
+        yield functools.partial(arms.measure, model, bank, template, options), in_turn
+    show_template_warnings(template, set())
+
+
+def _warn(text: str) -> None:
+    console.warn(console.safe(text))
 
 
 def _show(found: Sequence[ArmSummary]) -> None:

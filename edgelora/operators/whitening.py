@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,12 +75,18 @@ def moment_space(fields: Sequence[TextDistribution]) -> Space:
 
 def sample_space(fields: Sequence[TextDistribution]) -> Space:
     """The projected space of the samples of a bank, whitened by their pooled covariance."""
+    return whitened_samples(fields)[0]
+
+
+def whitened_samples(fields: Sequence[TextDistribution]) -> tuple[Space, Array]:
+    """The space of `sample_space`, and the samples of all fields in it, one after the other."""
     points = [field.points() for field in fields]
     centre = np.mean([x.mean(axis=0) for x in points], axis=0)
-    weighted = np.concatenate([(x - centre) / np.sqrt(len(x)) for x in points])
-    space = _whitened(centre, weighted / np.sqrt(len(fields)), 0.0)
-    white = space.whiten(np.concatenate(points) - centre)
-    return Space(space.centre, space.directions, space.gains, space.rest, _median_squared(white))
+    shares = np.concatenate([np.full(len(x), len(x) * len(fields)) for x in points])
+    centred = np.concatenate(points) - centre
+    space = _whitened(centre, centred / np.sqrt(shares)[:, None], 0.0)
+    white = space.whiten(centred)
+    return replace(space, median_squared=_median_squared(white)), white
 
 
 def _whitened(centre: Array, spread: Array, residual: float) -> Space:

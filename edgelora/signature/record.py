@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -108,16 +109,19 @@ class Signature:
         return storage.to_bytes(self)
 
 
+@functools.lru_cache(maxsize=2)
 def projection(d: int) -> NDArray[np.float64]:
     """(d, p) float64: the random signs / sqrt(p) that project every embedding of width d.
 
     Signs come from SHAKE-256, not from a random generator whose stream a library may change: files
     written years apart must share them. Squared distances are kept in expectation (Achlioptas,
-    2003, "Database-friendly random projections", theorem 1.1).
+    2003, "Database-friendly random projections", theorem 1.1). The array is kept, and read-only.
     """
     stream = hashlib.shake_256(_PROJECTION_LABEL).digest(d * N_PROJECTED // 8)
     bits = np.unpackbits(np.frombuffer(stream, np.uint8)).reshape(d, N_PROJECTED)
-    return (bits.astype(np.float64) * 2.0 - 1.0) / math.sqrt(N_PROJECTED)
+    signs = (bits.astype(np.float64) * 2.0 - 1.0) / math.sqrt(N_PROJECTED)
+    signs.setflags(write=False)
+    return signs
 
 
 def find_problems(signature: Signature) -> list[str]:

@@ -12,7 +12,7 @@ from edgelora.build import Options
 from edgelora.build.proposals import ON_LOSSES, propose
 from edgelora.datasets.records import Dataset
 from edgelora.engine.model import WeightedAdapter
-from edgelora.leave_one_out.run import build_without
+from edgelora.leave_one_out.arms import build_without
 from operators_benchmark.bench import Bench, Made
 
 
