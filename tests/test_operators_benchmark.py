@@ -348,7 +348,6 @@ def test_lorahub_with_nevergrad_itself() -> None:
 
 def test_answers_by_the_paper_s_rules() -> None:
     found = paper_protocol.answer_measures(["Yes", "yes it is", "no"], ["yes", "yes", "no"])
-    assert found["exact"] == pytest.approx(1 / 3, abs=1e-4)
     assert found["subsequence"] == pytest.approx(2 / 3, abs=1e-4)
     assert found["rouge_l"] == pytest.approx((1 + 0.5 + 1) / 3, abs=1e-4)
 
@@ -453,7 +452,7 @@ def test_every_section_has_its_place_and_its_words() -> None:
     extra = [
         line("a", "build", 1.5, split="task"), line("a", "build", 2.5, labels=4),
         line("a", "mean", 3.0), line("a", "mean", 3.5, labels=4),
-        line("b", "op-kl", 1.0, paper={"exact": 0.5, "subsequence": 0.5, "rouge_l": 0.25,
+        line("b", "op-kl", 1.0, paper={"subsequence": 0.5, "rouge_l": 0.25,
              "rouge_lsum": 0.25, "mse_factors": None, "mse_updates": 2e-5}),
         line("a", "uniform combine=linear", 4.0, labels=None, rank=4, merge_error=0.5,
              cosine_a=0.1, cosine_b=0.2),
@@ -464,7 +463,7 @@ def test_every_section_has_its_place_and_its_words() -> None:
     assert "| c | 3 |" in told["operators-categories"]
     assert "hidden source" in told["operators-splits"] and "hidden task" in told["operators-splits"]
     assert "labels 4 | labels 16" in told["operators-labels"]
-    assert "| op-kl | 0.500 | 0.500 | 0.250 | 0.250 |  | 2.00e-05 |" in told["operators-paper"]
+    assert "| op-kl | 0.500 | 0.250 | 0.250 |  | 2.00e-05 |" in told["operators-paper"]
     assert (
         "| b | uniform combine=linear | 1 | 0.250 | 4 | 0.5 | 0.1 | 0.2 |"
         in (told["operators-merges"])

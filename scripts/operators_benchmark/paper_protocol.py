@@ -1,7 +1,7 @@
 """The paper's own measures: first reference only, ROUGE with stemmer, plain matches, weight MSE.
 
-As in src/evaluation of its public code: exact match compares whole strings, subsequence match asks
-whether the reference stands in the answer, and the MSE runs over the flattened A and B of all
+As in src/evaluation of its public code: subsequence match asks whether the reference stands in the
+answer, and the MSE runs over the flattened A and B of all
 tensors, which is defined where a file has the ranks of the task's own adapter.
 """
 
@@ -21,17 +21,16 @@ from edgelora.engine.model import WeightedAdapter
 
 
 def answer_measures(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Means over answers against one reference each: exact, subsequence, rouge_l, rouge_lsum.
+    """Means over answers against one reference each: subsequence, rouge_l, rouge_lsum.
 
     Example:
         >>> found = answer_measures(["the cat sat", "no"], ["cat", "no"])
-        >>> found["exact"], found["subsequence"], round(found["rouge_l"], 2)
-        (0.5, 1.0, 0.75)
+        >>> found["subsequence"], round(found["rouge_l"], 2)
+        (1.0, 0.75)
     """
     pairs = list(zip(answers, references, strict=True))
     rouge = [_scorer().score(reference, answer) for answer, reference in pairs]
     columns = {
-        "exact": [answer == reference for answer, reference in pairs],
         "subsequence": [reference in answer for answer, reference in pairs],
         "rouge_l": [found["rougeL"].fmeasure for found in rouge],
         "rouge_lsum": [found["rougeLsum"].fmeasure for found in rouge],

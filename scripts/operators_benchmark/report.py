@@ -220,7 +220,7 @@ def _merges(found: Sequence[Table]) -> str:
 
 def _paper(found: Sequence[Table]) -> str:
     """The paper's own measures, of the arms that have them."""
-    keys = ("exact", "subsequence", "rouge_l", "rouge_lsum", "mse_factors", "mse_updates")
+    keys = ("subsequence", "rouge_l", "rouge_lsum", "mse_factors", "mse_updates")
     parts = []
     for table in _headlines(found):
         lines = []
@@ -229,7 +229,7 @@ def _paper(found: Sequence[Table]) -> str:
             if rows:
                 lines.append([arm, *(_paper_mean(rows, key) for key in keys)])
         if lines:
-            head = ["arm", "exact", "subsequence", "ROUGE-L", "ROUGE-Lsum", "MSE of factors",
+            head = ["arm", "subsequence", "ROUGE-L", "ROUGE-Lsum", "MSE of factors",
                     "MSE of updates"]  # fmt: skip
             parts.append(f"**{table.bed}**\n\n{_markdown(head, lines, 1)}")
     return "\n\n".join(parts)
