@@ -198,7 +198,7 @@ def _differing(folder: Path, whole: Tree) -> list[str]:
 
 JOBS = (
     Job("bank add", _add, _nothing, _check_bank, ("bank",)),
-    Job("build", _build(), _copy_bank, _check_output, ("out",)),
+    Job("build", _build("--refine", "forward"), _copy_bank, _check_output, ("out",)),
     Job(
         "build with gradients",
         _build("--refine", "gradient", "--passes", 2, "--polish", 1),
