@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import builds
+import numpy as np
 import pico
 import pytest
 from builds import World
 
 from edgelora.adapters.base import Base, read_base
+from edgelora.engine.context import Context, Row
 from edgelora.engine.model import Model, open_model
 
 
@@ -38,3 +40,17 @@ def model(world: World) -> Iterator[Model]:
     """The base of `world`, open."""
     with open_model(world.base, builds.ONE_THREAD) as model:
         yield model
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens of every batch that llama.cpp really computes."""
+    sizes: list[int] = []
+    real = Context.decode
+
+    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
+        sizes.append(len(rows))
+        return real(context, rows)
+
+    monkeypatch.setattr(Context, "decode", counting)
+    return sizes

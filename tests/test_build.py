@@ -23,7 +23,7 @@ from edgelora.build.records import DEFAULT_BUDGET
 from edgelora.datasets.read import read_dataset
 from edgelora.datasets.records import Dataset, Example
 from edgelora.datasets.split import split_examples
-from edgelora.engine.context import Context, Row, open_context
+from edgelora.engine.context import open_context
 from edgelora.engine.model import Model, WeightedAdapter, open_model
 from edgelora.engine.prepare import model_template, tokenise_examples
 from edgelora.engine.score import mean_loss, score
@@ -88,20 +88,6 @@ def nothing_left(tmp_path: Path, but: Sequence[str] = ()) -> bool:
     """Neither beside the output nor among the temporary files."""
     left = [p.name for p in (tmp_path / "out").iterdir()]
     return sorted(left) == sorted(but) and not list((tmp_path / "tmp").iterdir())
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every batch that llama.cpp really computes."""
-    sizes: list[int] = []
-    real = Context.decode
-
-    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
-        sizes.append(len(rows))
-        return real(context, rows)
-
-    monkeypatch.setattr(Context, "decode", counting)
-    return sizes
 
 
 def test_what_is_written_loads_helps_and_tells_how_it_was_made(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import builds
-import numpy as np
 import pico
 import pytest
 from builds import World
@@ -20,7 +18,6 @@ from edgelora.build import Built, Listener, Options, Plan, automatic, build, gra
 from edgelora.build.earlier import BUILDS
 from edgelora.build.records import DEFAULT_BUDGET
 from edgelora.datasets.read import read_dataset
-from edgelora.engine.context import Context, Row
 from edgelora.engine.model import Model, open_model
 from edgelora.engine.prepare import model_template
 from edgelora.errors import EdgeLoRAError
@@ -43,20 +40,6 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def plans() -> list[Plan]:
     return []
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every batch that llama.cpp really computes."""
-    sizes: list[int] = []
-    real = Context.decode
-
-    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
-        sizes.append(len(rows))
-        return real(context, rows)
-
-    monkeypatch.setattr(Context, "decode", counting)
-    return sizes
 
 
 def run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from edgelora.build import Built, Listener, Options, Plan, build, gradients, ref
 from edgelora.build.records import CROSSED, PassLoss
 from edgelora.datasets.read import read_dataset
 from edgelora.datasets.records import Dataset
-from edgelora.engine.context import Context, Row
 from edgelora.engine.model import Model, open_model
 from edgelora.engine.prepare import model_template
 from edgelora.errors import EdgeLoRAError, NoImprovement, UnsupportedFile
@@ -89,20 +87,6 @@ def run(
 
 def told(path: Path) -> dict:
     return json.loads(str(open_lora(path).metadata["edgelora.provenance"]))
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of every batch that llama.cpp really computes."""
-    sizes: list[int] = []
-    real = Context.decode
-
-    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
-        sizes.append(len(rows))
-        return real(context, rows)
-
-    monkeypatch.setattr(Context, "decode", counting)
-    return sizes
 
 
 def test_coefficients_for_each_tensor_beat_the_start_and_are_told(

@@ -7,11 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import builds
-import numpy as np
 import pytest
 from builds import World
 from cli_runner import posix_only, run
@@ -21,7 +19,6 @@ from edgelora.build import pace
 from edgelora.build.earlier import BUILDS
 from edgelora.build.proposals import OPERATOR_NAMES
 from edgelora.cli import demo
-from edgelora.engine.context import Context, Row
 
 
 @pytest.fixture(autouse=True)
@@ -78,20 +75,13 @@ def test_json_is_all_of_stdout(world: World, tmp_path: Path) -> None:
 
 
 def test_a_repeated_build_begins_at_the_merge(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, decoded: list[int]
 ) -> None:
     first, again = tmp_path / "a" / "x.gguf", tmp_path / "b" / "x.gguf"
     for out in (first, again):
         out.parent.mkdir()
     told = json.loads(run(*words(world, world.helped, first, "--json", "-q")).stdout)
-    decoded: list[int] = []
-    real = Context.decode
-
-    def counting(context: Context, rows: Sequence[Row]) -> np.ndarray:
-        decoded.append(len(rows))
-        return real(context, rows)
-
-    monkeypatch.setattr(Context, "decode", counting)
+    decoded.clear()
     result = run(*words(world, world.helped, again, "--json"))
     assert "begins at the merge" in result.stderr and not decoded
     repeated = json.loads(result.stdout)
