@@ -56,15 +56,16 @@ def account_of(path: Path) -> dict[str, Any]:
     return told
 
 
+FORWARD = ("--refine", "forward")
 GRADIENT = ("--refine", "gradient", "--passes", 8, "--operator", "uniform")
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("--rank", 2, "--type", "f32"), marks=pytest.mark.slow),
-        pytest.param(("--combine", "cat"), marks=pytest.mark.slow),
+        pytest.param(FORWARD, marks=pytest.mark.slow),
+        pytest.param((*FORWARD, "--rank", 2, "--type", "f32"), marks=pytest.mark.slow),
+        pytest.param((*FORWARD, "--combine", "cat"), marks=pytest.mark.slow),
         GRADIENT,
         pytest.param((*GRADIENT, "--weights", "tensor"), marks=pytest.mark.slow),
     ],
