@@ -228,7 +228,9 @@ def _state(folder: Path, world: builds.World) -> None:
 
     values = np.linspace(0, 1, 6)
     track = Track(values, values, values, values, 3)
-    _write(folder / "checkpoint/c.safetensors", Checkpoint("k", (track, track), values).to_bytes())
+    _write(
+        folder / "checkpoint/c.safetensors", Checkpoint("k", (track,) * 2, (values,) * 2).to_bytes()
+    )
     heads = (ROOT / "models" / "bank" / "neural.safetensors").read_bytes()
     _write(folder / "heads/h.safetensors", heads)
     amx = json.dumps({"libraries": [["/x", 1, 2]], "reason": ""})
