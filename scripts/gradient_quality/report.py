@@ -35,7 +35,8 @@ def _table(rows: dict[Key, Row], bed: str, labels: int) -> str:
         "|---|" + "---:|" * 8,
     ]
     lines += [_line(rows, bed, labels, cases, arm) for arm in arms]
-    return "\n".join([*lines, "", *_stops(rows, bed, labels, cases)])
+    stops = _stops(rows, bed, labels, cases)
+    return "\n".join([*lines, "", *stops] if stops else lines)
 
 
 def _arms(rows: dict[Key, Row], bed: str, labels: int) -> list[str]:
