@@ -74,6 +74,7 @@ def test_json_is_all_of_stdout(world: World, tmp_path: Path) -> None:
     assert result.stderr.count("warning:") == len(told["warnings"]) and "plan:" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_repeated_build_begins_at_the_merge(
     world: World, tmp_path: Path, decoded: list[int]
 ) -> None:
