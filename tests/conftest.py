@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import builds
 import numpy as np
@@ -40,6 +41,19 @@ def model(world: World) -> Iterator[Model]:
     """The base of `world`, open."""
     with open_model(world.base, builds.ONE_THREAD) as model:
         yield model
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache folder."""
+    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where a build writes: a file of a folder with nothing else in it."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "built.gguf"
 
 
 @pytest.fixture

@@ -46,10 +46,7 @@ from edgelora.signature.storage import to_bytes
 WIDE = pico.Dims(n_embd=128, n_ff=512, n_layer=6, n_head=4, n_head_kv=2, head_dim=32)
 N_TASKS = 10
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- without a scheduler: what a worker does, in this process -------------------------------------

@@ -14,7 +14,7 @@ from builds import World
 
 from edgelora.adapters.base import read_base
 from edgelora.bank import Bank, Facts, open_bank
-from edgelora.build import Built, Listener, Options, Plan, automatic, build, gradients
+from edgelora.build import Built, Listener, Options, Plan, automatic, build, gradients, pace
 from edgelora.build.earlier import BUILDS
 from edgelora.build.records import DEFAULT_BUDGET
 from edgelora.datasets.read import read_dataset
@@ -25,16 +25,7 @@ from edgelora.errors import EdgeLoRAError
 AUTO = Options(passes=2, force=True)
 INSTEAD = "coefficients come from the losses of forward passes"
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "built.gguf"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -77,8 +68,10 @@ def test_losses_of_forward_passes_where_gradients_cannot_be_had_and_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(automatic, "measure_speed", lambda work, texts: 5.0)
+    monkeypatch.setattr(pace, "measure_merge", lambda paths: 1.0)
     built = run(model, open_bank(world.bank), world.helped, out, options, plans)
     assert built.refined is None and built.losses_alone and plans[0].gradient is None
+    assert plans[0].merge_s == pace.count_merges(7, is_crossed=False)  # of the seven it has now
     (told,) = [message for message in built.warnings if INSTEAD in message]
     assert re.search(why, told)
 

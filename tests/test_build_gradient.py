@@ -35,16 +35,7 @@ SCRATCH = Options(operator="none", polish=3, budget_tokens=10**6, rank=4)
 ON_COEFFICIENTS = "gradient steps on coefficients, tokens"
 ON_FACTORS = "gradient steps on factors, tokens"
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out" / "built.gguf"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class Ear:

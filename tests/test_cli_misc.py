@@ -19,10 +19,7 @@ from edgelora.embedding_cache import open_cache
 from edgelora.engine.needs import needs_of, shortage
 from edgelora.engine.threads import cpu_model
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_cache_ls_and_clear(tmp_path: Path) -> None:

@@ -22,10 +22,7 @@ from edgelora.bank import open_bank
 from edgelora.build.repeat import relative_difference
 from edgelora.errors import InvalidFile
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EDGELORA_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def build(world: World, out: Path, *more: object) -> Path:

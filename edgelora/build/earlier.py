@@ -101,11 +101,9 @@ def remember(
     judged, verdict = built.judgement, built.verdict
     if not _is_kept(work) or judged is None or verdict is None or verdict.chosen is None:
         return
-    if work.was_interrupted:
-        return
-    candidate = trial.candidate
     if judged.adapter_loss >= judged.base_loss:
         return
+    candidate = trial.candidate
     told = {
         "chosen": candidate.name,
         "coefficients": candidate.coefficients.tolist(),
@@ -143,7 +141,8 @@ def build_again(work: Work, earlier: Earlier) -> Built:
 
 def _is_kept(work: Work) -> bool:
     options = work.options
-    return options.reuse and not options.polish and options.operator != _NOT_KEPT
+    is_whole = not work.was_interrupted and not options.polish
+    return options.reuse and is_whole and options.operator != _NOT_KEPT
 
 
 def _key(work: Work, examples: Sequence[Example]) -> str:

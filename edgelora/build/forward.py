@@ -163,9 +163,9 @@ def _try(search: Search, operator: str, trials: list[Trial]) -> None:
 
 def _scaled(search: Search, context: Context, trial: Trial) -> tuple[Trial, list[float]]:
     """The trial at its best scale, and the best without the examples of each fold."""
-    folds = [search.folds == f for f in np.unique(search.folds)] if search.folds is not None else []
+    left_out = search.examples_left_out
     try:
-        return try_scales_without(context, trial, search.examples, search.budget, folds)
+        return try_scales_without(context, trial, search.examples, search.budget, left_out)
     finally:
         release(context, trial.path)
 

@@ -119,7 +119,7 @@ def open_gradients(
     )
     decoder, files = opened.decoder, opened.adapters
     examples = sampled(support, options.seed)
-    descent = _descent_options(work.options, has_completions)
+    descent = _descent_options(options, has_completions)
     polish = PolishOptions(n_passes=options.polish, seed=options.seed) if options.polish else None
     texts = _texts(examples, descent)
     memory, passes = _memory(work, decoder, texts, files, scratch)
@@ -197,19 +197,13 @@ def open_decoder_and_adapters(work: Work, hint: str) -> Opened:
     return Opened(decoder, files)
 
 
-def count_first_pass(
-    work: Work, opened: Opened, support: Sequence[TokenisedExample], has_completions: bool
-) -> int:
-    """Tokens that a descent of a single pass takes, with the ranking and all that is not of it.
-
-    Comparisons are set aside already or not counted here.
-    """
-    examples = sampled(support, work.options.seed)
-    descent = _descent_options(work.options, has_completions)
-    assert descent is not None
+def count_first_pass(work: Work, opened: Opened, support: Sequence[TokenisedExample]) -> int:
+    """Tokens of a build whose descent on losses has a single pass; comparisons are not counted."""
+    options = work.options
+    examples = sampled(support, options.seed)
+    descent, polish = DescentOptions(seed=options.seed), PolishOptions(n_passes=options.polish)
     fixed, each = _costs(opened.decoder, examples, descent, PassOptions())
-    polish = PolishOptions(n_passes=work.options.polish)
-    n_polish = count_polish_tokens(opened.decoder, examples, polish) if polish.n_passes else 0
+    n_polish = count_polish_tokens(opened.decoder, examples, polish)
     return fixed + each + n_polish + _others(work, examples)
 
 
@@ -242,7 +236,7 @@ def _reserve(
     """Set tokens aside for as many passes as the budget allows, and as were asked for.
 
     Args:
-        allowed: tokens that all that is left to do may take, where time allows fewer.
+        allowed: tokens that all that is left to do may take: of the budget, or what time allows.
 
     Returns:
         The descent with these passes, and the tokens that it and the ranking take.
@@ -252,7 +246,9 @@ def _reserve(
         work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
         return None, 0
     fixed, each = _costs(decoder, examples, descent, passes)
-    spare = min(work.budget.left, allowed) - n_polish - _others(work, examples)
+    spare, why = allowed - n_polish - _others(work, examples), "the budget"
+    if allowed < work.budget.left:
+        why = "the time"
     n_passes = max(1, min(descent.n_passes, (spare - fixed) // each))
     work.spend(
         fixed + n_passes * each + n_polish,
@@ -260,7 +256,6 @@ def _reserve(
         + (f" and {work.options.polish} on factors" if polish else ""),
     )
     if n_passes < descent.n_passes:
-        why = "the time" if allowed < work.budget.left + fixed + n_passes * each else "the budget"
         work.warn(
             f"{why} allows {n_passes} gradient pass(es) of {descent.n_passes}; one takes "
             f"{each:,} tokens"

@@ -94,13 +94,12 @@ def tell_what_left(work: Work, parts: Parts, fitted: Parts) -> None:
 
 
 def estimate_merges(work: Work, parts: Parts) -> float:
-    """Seconds that all combinations of a build take; what a test told is kept in `work`."""
+    """Seconds that all combinations of a build take; that of one is measured once in a build."""
     if math.isnan(work.merge_s):
-        n_candidates = count_candidates(work.options, bool(work.pool.signed))
-        by_gradients = work.options.needs_gradients
-        n_merges = count_merges(n_candidates, parts.is_crossed, by_gradients=by_gradients)
-        work.merge_s = n_merges * measure_merge(work.pool.paths)
-    return work.merge_s
+        work.merge_s = measure_merge(work.pool.paths)
+    n_candidates = count_candidates(work.options, bool(work.pool.signed))
+    by_gradients = work.options.refine == "gradient"
+    return work.merge_s * count_merges(n_candidates, parts.is_crossed, by_gradients=by_gradients)
 
 
 def cut_embedding_to_time(work: Work, texts: Sequence[TokenisedExample]) -> None:

@@ -51,12 +51,15 @@ class Search:
     folds: NDArray[np.int64] | None = None
 
     @property
+    def examples_left_out(self) -> list[NDArray[np.bool_]]:
+        """The examples (n,) of each fold; [] without folds."""
+        return [] if self.folds is None else [self.folds == f for f in np.unique(self.folds)]
+
+    @property
     def left_out(self) -> list[NDArray[np.bool_]]:
         """The completion tokens (t,) of each fold; [] without folds."""
-        if self.folds is None:
-            return []
-        of_token = self.folds[owners_of(self.examples)]
-        return [of_token == fold for fold in np.unique(self.folds)]
+        owners = owners_of(self.examples)
+        return [examples[owners] for examples in self.examples_left_out]
 
     def make(self, name: str, coefficients: Array) -> Trial:
         """Coefficients (k,) as a trial with its file."""

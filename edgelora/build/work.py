@@ -51,7 +51,7 @@ class Work:
         is_cut: whether time has cut the budget: then few candidates are compared.
         was_interrupted: whether gradient steps ended by Ctrl-C, with the best so far.
         tokens_per_s: see pace.measure_speed; NaN before.
-        merge_s: see pace.estimate_merges; NaN before.
+        merge_s: of one combination, see pace.measure_merge; NaN before.
     """
 
     model: Model

@@ -90,7 +90,7 @@ def _line(
 
 def _interval(mine: dict[Any, Row], base: dict[Any, Row], own: dict[Any, Row]) -> str:
     """(base - arm) / (base - own), a ratio of means, with a 95 % interval by source."""
-    gains = [base[case]["loss"] - row["loss"] for case, row in mine.items()]
+    gains = {case: base[case]["loss"] - row["loss"] for case, row in mine.items()}
     return _ratio(mine, gains, base, own)
 
 
@@ -101,7 +101,7 @@ def _difference(
     both = {case: row for case, row in mine.items() if case in other}
     if not both or mine.keys() == other.keys() and all(mine[c] is other[c] for c in mine):
         return ""
-    told = _ratio(both, [other[c]["loss"] - r["loss"] for c, r in both.items()], base, own)
+    told = _ratio(both, {c: other[c]["loss"] - r["loss"] for c, r in both.items()}, base, own)
     exact = {
         case: row["exact"] - other[case]["exact"]
         for case, row in both.items()
@@ -115,18 +115,15 @@ def _difference(
 
 
 def _ratio(
-    mine: dict[Any, Row], gains: Sequence[float], base: dict[Any, Row], own: dict[Any, Row]
+    mine: dict[Any, Row], gains: dict[Any, float], base: dict[Any, Row], own: dict[Any, Row]
 ) -> str:
     """Gains over what the own adapters gain, where that is more than MIN_GAP."""
     gaps = {case: base[case]["loss"] - own[case]["loss"] for case in mine}
     wide = [case for case, gap in gaps.items() if gap > MIN_GAP]
     if not wide:
         return ""
-    of_case = dict(zip(mine, gains, strict=True))
     weights = np.array([gaps[case] for case in wide])
-    low, mid, high = paired_bootstrap(
-        [of_case[case] for case in wide], weights, _clusters(mine, wide)
-    )
+    low, mid, high = paired_bootstrap([gains[c] for c in wide], weights, _clusters(mine, wide))
     return f"{mid:.3f} [{low:.3f}, {high:.3f}]"
 
 

@@ -1,8 +1,8 @@
 """The paper's own measures: first reference only, ROUGE with stemmer, plain matches, weight MSE.
 
 As in src/evaluation of its public code: subsequence match asks whether the reference stands in the
-answer, and the MSE runs over the flattened A and B of all
-tensors, which is defined where a file has the ranks of the task's own adapter.
+answer, and the MSE runs over the flattened A and B of all tensors, which is defined where a file
+has the ranks of the task's own adapter.
 """
 
 from __future__ import annotations
