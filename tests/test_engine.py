@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llama_logits import logits
 from numpy.typing import NDArray
 
 from edgelora.adapters.base import read_base
+from edgelora.engine import native
 from edgelora.engine.context import Context, Row, open_context
 from edgelora.engine.embed import WINDOW, embed
 from edgelora.engine.generate import Sampling, stream
@@ -439,3 +441,56 @@ def test_low_ram_gives_the_same_losses(tmp_path: Path) -> None:
         with open_model(base, options) as model, open_context(model) as context:
             losses.append(mean_loss(score(context, examples)))
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.parametrize("what", ["open", "context", "adapter", "apply", "quantise"])
+def test_ctrl_c_while_llama_cpp_logs_is_not_lost(
+    what: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the callback of the log ctypes would print and forget it, and the work would go on."""
+    lines: list[str] = []
+
+    def press(_level: int, line: str) -> None:
+        lines.append(line)
+        signal.raise_signal(signal.SIGINT)
+
+    def interrupted(act: Callable[[], object]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "keep_line", press)
+            with pytest.raises(KeyboardInterrupt):
+                act()
+
+    base = pico.write_base(tmp_path / "base.gguf", dims=QUANTISABLE)
+    adapters = [WeightedAdapter(pico.write_random_lora(tmp_path / "a.gguf", model.base.path))]
+    with open_context(model) as context:
+        acts: dict[str, Callable[[], object]] = {
+            "open": open_model(base, ONE_THREAD).__enter__,
+            "context": open_context(model).__enter__,
+            "adapter": lambda: model.adapter(adapters[0].path),
+            "apply": lambda: context.apply(adapters),
+            "quantise": lambda: quantize(base, tmp_path / "copy.gguf", "q8_0", n_threads=1),
+        }
+        if what == "apply":
+            acts["adapter"]()
+        interrupted(acts[what])
+        assert lines and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        context.apply([])
+        assert len(last_logits(context, adapters))
+    model.unload(adapters[0].path)
+
+
+def test_ctrl_c_ends_the_loading_of_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds of a large file: llama.cpp asks between two tensors whether to go on."""
+    base, lines = pico.write_base(tmp_path / "base.gguf"), []
+
+    def press(_level: int, line: str) -> None:
+        lines.append(line)
+        if len(lines) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(native, "keep_line", press)
+    with pytest.raises(KeyboardInterrupt), open_model(base, ONE_THREAD):
+        pass
+    assert any("cancel" in line for line in lines), lines[-3:]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Iterator
-from types import FrameType
 
 import llama_cpp
 import numpy as np
@@ -46,13 +43,12 @@ class NodeCapture:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Around one decode; Ctrl-C waits for its end.
+        """Around one decode.
 
         What was raised inside the callback is raised here: ctypes would print and forget it.
         """
         self._parts, self._error = [], None
-        with _interrupts_held():
-            yield
+        yield
         if self._error is not None:
             raise self._error
 
@@ -79,20 +75,3 @@ class NodeCapture:
         except BaseException as error:
             self._error = error
         return False
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back for the block: it might be raised where the callback cannot catch it."""
-    previous = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(previous):
-        yield
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[0])

@@ -77,16 +77,18 @@ class Context:
         self._capture = capture
         self._memory = llama_cpp.llama_get_memory(handle)
         self._abort_flag = native.Flag()
-        llama_cpp.llama_set_abort_callback(
-            handle, self._abort_flag.callback, self._abort_flag.address
-        )
+        with native.interrupts_held():
+            llama_cpp.llama_set_abort_callback(
+                handle, self._abort_flag.callback, self._abort_flag.address
+            )
 
     def close(self) -> None:
         """Free the native context."""
         if self.handle is not None:
-            llama_cpp.llama_free(self.handle)
-            self.handle = None
+            handle, self.handle = self.handle, None
             self.model.in_use.pop(id(self), None)
+            with native.interrupts_held():
+                llama_cpp.llama_free(handle)
 
     def apply(self, adapters: Sequence[WeightedAdapter], *, keep: bool = False) -> None:
         """Make exactly these adapters active.
@@ -99,7 +101,8 @@ class Context:
         self.model.in_use[id(self)] = frozenset(map(native.address, handles))
         pointers = (llama_cpp.llama_adapter_lora_p_ctypes * max(1, len(active)))(*handles)
         scales = (ctypes.c_float * max(1, len(active)))(*(a.weight for a in active))
-        code = llama_cpp.llama_set_adapters_lora(self.handle, pointers, len(active), scales)
+        with native.interrupts_held():
+            code = llama_cpp.llama_set_adapters_lora(self.handle, pointers, len(active), scales)
         if code != 0:
             raise EngineError("llama.cpp refused the adapter set", problems=native.recent_log())
         if not keep:
@@ -186,7 +189,8 @@ class Context:
         """Run what was put into `batch`; returns and raises as `decode` does."""
         self.batch.check(self._bounds)
         self.kept = []
-        with self._capture.running() if self._capture else contextlib.nullcontext():
+        capturing = self._capture.running() if self._capture else contextlib.nullcontext()
+        with capturing, native.interrupts_held():
             code = llama_cpp.llama_decode(self.handle, self.batch.native)
         if code != 0:
             raise _failed_decode(code, self)
@@ -297,7 +301,8 @@ def open_context(
     capture = NodeCapture() if hidden else None
     if capture is not None:
         parameters.cb_eval = capture.callback
-    handle = llama_cpp.llama_init_from_model(model.handle, parameters)
+    with native.interrupts_held():
+        handle = llama_cpp.llama_init_from_model(model.handle, parameters)
     if not handle:
         raise EngineError("llama.cpp could not make a context", problems=native.recent_log())
     # llama.cpp rounds cells up to 256; GPT-2 has no positions beyond those it was trained with.

@@ -87,8 +87,9 @@ class Model:
         for path, _, _ in list(self._adapters):
             self.unload(path)
         if self.handle is not None:
-            llama_cpp.llama_model_free(self.handle)
-            self.handle = None
+            handle, self.handle = self.handle, None
+            with native.interrupts_held():
+                llama_cpp.llama_model_free(handle)
 
     def adapter(self, path: Path) -> Any:
         """The native handle of an adapter file, checked against this base and loaded once.
@@ -111,7 +112,8 @@ class Model:
                 raise IncompatibleAdapter(
                     f"{path}: does not fit {self.base.path.name}", problems=problems
                 )
-            handle = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
+            with native.interrupts_held():
+                handle = llama_cpp.llama_adapter_lora_init(self.handle, os.fsencode(path))
             if not handle:
                 raise EngineError(
                     f"{path}: llama.cpp refused the adapter", problems=native.recent_log()
@@ -159,7 +161,10 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
     broken = "" if options.low_ram else amx.warning()
     parameters.use_extra_bufts = not options.low_ram and not broken
     warnings += [broken] if broken else []
-    handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+    with native.interrupts_held() as interrupts:
+        going_on = llama_cpp.llama_progress_callback(lambda _share, _data: not interrupts)
+        parameters.progress_callback = going_on
+        handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
     if not handle:
         raise EngineError(f"{path}: llama.cpp refused the model", problems=native.recent_log())
     if options.mlock:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import logging
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import llama_cpp
@@ -59,7 +64,30 @@ _log_callback = llama_cpp.llama_log_callback(_keep_log)
 def start() -> None:
     """Initialise llama.cpp once for this process and take over its log."""
     llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+    with interrupts_held():
+        llama_cpp.llama_backend_init()
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[Sequence[object]]:
+    """Hold Ctrl-C back for the block, a native call that logs or calls back; raise it at the end.
+
+    Python would raise it in the callback (the log's too), where ctypes prints it and forgets it.
+    The list given is empty until Ctrl-C was pressed. Python handles signals in the main thread
+    only: in another one nothing need be held.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    held: list[tuple[int, FrameType | None]] = []
+    if threading.current_thread() is not threading.main_thread() or not callable(previous):
+        yield []
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield held
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            previous(*held[0])
 
 
 def recent_log(n_lines: int = 6) -> tuple[str, ...]:

@@ -55,9 +55,10 @@ def quantize(
     ends = (ctypes.c_int32 * (len(dropped) + 1))(*dropped, -1)  # llama.cpp reads up to the -1
     if dropped:
         parameters.prune_layers = ends
-    code = llama_cpp.llama_model_quantize(
-        os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
-    )
+    with native.interrupts_held():
+        code = llama_cpp.llama_model_quantize(
+            os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)
+        )
     if code != 0:
         raise EngineError(
             f"{source}: llama.cpp could not quantise it", problems=native.recent_log()
