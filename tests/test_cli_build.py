@@ -61,9 +61,13 @@ def test_json_is_all_of_stdout(world: World, tmp_path: Path) -> None:
     assert set(told) == {
         "out", "chosen", "coefficients", "distances", "losses_alone", "support_losses",
         "selection_losses", "judged", "rank", "relative_error", "n_tokens", "elapsed_s", "warnings",
-        "refined", "trained", "peak_memory",
+        "refined", "trained", "peak_memory", "stages_s", "planned",
     }  # fmt: skip
     assert told["refined"] is None and told["trained"] is None
+    assert sum(told["stages_s"].values()) == pytest.approx(told["elapsed_s"])
+    assert {"measuring adapters", "comparing with the base"} <= set(told["stages_s"])
+    assert 0 < told["planned"]["told_after_s"] < told["elapsed_s"]
+    assert told["planned"]["seconds"] > 0 and told["planned"]["tokens"] <= 12_000
     assert told["out"] == str(out) and told["n_tokens"] <= 12_000
     assert set(told["losses_alone"]) == {f"adapter{i}" for i in range(builds.N_ADAPTERS)}
     assert told["chosen"] in told["selection_losses"]
@@ -86,7 +90,7 @@ def test_a_repeated_build_begins_at_the_merge(
     result = run(*words(world, world.helped, again, "--json"))
     assert "begins at the merge" in result.stderr and not decoded
     repeated = json.loads(result.stdout)
-    own = ("out", "n_tokens", "elapsed_s", "peak_memory")
+    own = ("out", "n_tokens", "elapsed_s", "stages_s", "planned", "peak_memory")
     assert {k: v for k, v in repeated.items() if k not in own} == {
         k: v for k, v in told.items() if k not in own
     }

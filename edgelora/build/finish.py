@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,6 +233,8 @@ def make_built(
         judgement=None,
         merge=merge,
         n_tokens=work.budget.n_used,
-        elapsed_s=time.monotonic() - work.started,
+        seconds=work.clock.stages(),
         warnings=tuple(work.warnings),
+        plan=work.clock.plan,
+        planned_s=work.clock.planned_s,
     )

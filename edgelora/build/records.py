@@ -223,6 +223,8 @@ class Built:
         verdict: of the selection part; None where nothing could be measured.
         judgement: None where nothing could be measured.
         merge: None where nothing was combined.
+        seconds: by stage, see clock.Clock.
+        plan: with its estimate, and after how many seconds (`planned_s`) it was told.
         refined, trained: what gradients did to coefficients and factors, chosen or not.
     """
 
@@ -236,10 +238,17 @@ class Built:
     judgement: Judgement | None
     merge: MergeReport | None
     n_tokens: int
-    elapsed_s: float
+    seconds: Mapping[str, float]
     warnings: tuple[str, ...]
+    plan: Plan | None = None
+    planned_s: float = 0.0
     refined: Refined | None = None
     trained: Trained | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that the build took."""
+        return sum(self.seconds.values())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
 from edgelora.build.automatic import AUTO, settle_refinement
 from edgelora.build.choosing import choose, contenders
+from edgelora.build.clock import Clock
 from edgelora.build.crossing import assign_folds, is_crossed
 from edgelora.build.earlier import build_again, recall, remember
 from edgelora.build.finish import (
@@ -136,7 +137,7 @@ def open_work(
     if out.exists() and not options.force:
         raise AlreadyExists(f"{out} exists already", hint="Choose another name or add --force.")
     pool = open_pool(bank, model.base.identity, options.exclude, calibrated=options.calibrated)
-    work = Work(model, template, options, listener, pool, out, Budget(options.budget_tokens))
+    work = Work(model, template, options, Clock(listener), pool, out, Budget(options.budget_tokens))
     for message in find_warnings(pool, template.key):
         work.warn(message)
     return work

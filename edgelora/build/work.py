@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgelora.build.clock import Clock
 from edgelora.build.crossing import count_crossed_tokens
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import count_candidates
@@ -57,7 +57,7 @@ class Work:
     model: Model
     template: Template
     options: Options
-    listener: Listener
+    clock: Clock
     pool: Pool
     out: Path
     budget: Budget
@@ -67,11 +67,15 @@ class Work:
     merge_s: float = math.nan
     tokens_per_s: float = math.nan
     warnings: list[str] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
     asked: Options = field(init=False)
 
     def __post_init__(self) -> None:
         self.asked = self.options
+
+    @property
+    def listener(self) -> Listener:
+        """Who is told."""
+        return self.clock.listener
 
     def warn(self, message: str) -> None:
         """Keep a warning for the result, and say it now."""

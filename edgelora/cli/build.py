@@ -352,6 +352,13 @@ def _as_json(built: Built) -> dict[str, object]:
         "trained": built.trained and asdict(built.trained),
         "n_tokens": built.n_tokens,
         "elapsed_s": built.elapsed_s,
+        "stages_s": dict(built.seconds),
+        "planned": built.plan
+        and {
+            "tokens": built.plan.n_tokens,
+            "seconds": built.plan.seconds,
+            "told_after_s": built.planned_s,
+        },
         "peak_memory": console.peak_memory(),
         "warnings": list(built.warnings),
     }
