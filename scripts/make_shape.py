@@ -5,10 +5,12 @@
     python scripts/make_shape.py tinyllama-1.1b out/ --base f16 --sparse
 
 They cost what the real ones cost, in time and memory, and answer nothing. The vocabulary is made up
-(SentencePiece, the right size). --bank converts PEFT folders one by one, as `edgelora bank add`
-does, into out/bank (18.9 MB each at 7B; run again, it goes on), with signatures that are drawn, not
-embedded. --sparse writes the header and leaves the values to the file system
-as a hole of zeros: enough for names and shapes, not for decoding.
+(SentencePiece, the right size, a token for each letter of a text) or, with --vocabulary, that of
+another GGUF, e.g. models/catalogue/mistral-7b-v0.1.vocabulary.gguf: then texts take as many tokens
+as they do there. --bank converts PEFT folders one by one, as `edgelora bank add` does, into
+out/bank (18.9 MB each at 7B; run again, it goes on), with signatures that are drawn, not embedded.
+--sparse writes the header and the norms, and leaves the matrices to the file system as a hole of
+zeros: enough for names, shapes and identity, not for decoding.
 """
 
 from __future__ import annotations
@@ -28,10 +30,16 @@ from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import PairPlan, write_lora
 from edgelora.adapters.lora import LoraPair
 from edgelora.bank import Facts, open_bank
+from edgelora.gguf_file import open_gguf
 from edgelora.signature import Signature, summarise
 
 POOL = 1 << 20
 CHUNK_BYTES = 64 << 20
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
 DTYPES = {"F32": np.float32, "F16": np.float16}
 
 
@@ -88,13 +96,27 @@ SHAPES = {
 
 
 def write_base(
-    path: Path, shape: Shape, *, dtype: str = "q4_0", seed: int = 0, sparse: bool = False
+    path: Path,
+    shape: Shape,
+    *,
+    dtype: str = "q4_0",
+    seed: int = 0,
+    sparse: bool = False,
+    vocabulary: Path | None = None,
 ) -> Path:
-    """A base GGUF; `dtype` is a lower-case name of gguf's types that gguf can quantise to."""
+    """A base GGUF; `dtype` is a lower-case name of gguf's types that gguf can quantise to.
+
+    Raises:
+        SystemExit: the GGUF `vocabulary` has not as many tokens as the shape.
+    """
     writer = GGUFWriter(None, "llama")
     writer.add_name(path.stem)
     _add_sizes(writer, shape)
-    _add_vocabulary(writer, shape.n_vocab)
+    if vocabulary is None:
+        _add_vocabulary(writer, shape.n_vocab)
+    else:
+        _copy_vocabulary(writer, shape.n_vocab, vocabulary)
+    writer.add_chat_template(TEMPLATE)
     matrix = GGMLQuantizationType[dtype.upper()]
     kinds = {
         name: matrix if len(size) == 2 else GGMLQuantizationType.F32
@@ -112,7 +134,7 @@ def write_base(
         at = -(-file.seek(0, 2) // 32) * 32
         for name, size in shape.tensors():
             file.seek(at)
-            if not sparse:
+            if not sparse or len(size) == 1:  # norms are a part of a base's identity
                 for chunk in _values(name, size, kinds[name], seed):
                     file.write(chunk)
             at += -(-sizes[name] // 32) * 32
@@ -172,11 +194,24 @@ def _add_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
-    writer.add_chat_template(
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
-        "{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
-    )
+
+
+def _copy_vocabulary(writer: GGUFWriter, n_vocab: int, path: Path) -> None:
+    """The SentencePiece tokenizer of a GGUF, as scripts/make_vocabulary.py writes one."""
+    found = {key.removeprefix("tokenizer.ggml."): value
+             for key, value in open_gguf(path).metadata.items()}  # fmt: skip
+    if len(found.get("tokens", ())) != n_vocab:
+        raise SystemExit(f"{path}: {n_vocab} tokens are needed, not {len(found.get('tokens', ()))}")
+    writer.add_tokenizer_model(found["model"])
+    writer.add_tokenizer_pre(found["pre"])
+    writer.add_token_list(found["tokens"])
+    writer.add_token_scores(found["scores"].tolist())
+    writer.add_token_types(found["token_type"].tolist())
+    writer.add_bos_token_id(found["bos_token_id"])
+    writer.add_eos_token_id(found["eos_token_id"])
+    writer.add_unk_token_id(found["unknown_token_id"])
+    writer.add_add_bos_token(found["add_bos_token"])
+    writer.add_add_space_prefix(found["add_space_prefix"])
 
 
 def _draw(
@@ -296,6 +331,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", metavar="TYPE", help="write a base: q4_0, q8_0, f16, f32 ...")
+    parser.add_argument("--vocabulary", type=Path, help="a GGUF whose tokenizer the base gets")
     parser.add_argument("--sparse", action="store_true", help="a base without values")
     parser.add_argument("--peft", type=int, default=0, metavar="N", help="PEFT adapters")
     parser.add_argument("--gguf", type=int, default=0, metavar="N", help="GGUF adapters")
@@ -311,7 +347,8 @@ def main() -> None:
     made = []
     if options.base:
         path = folder / f"{options.shape}-{options.base}.gguf"
-        write_base(path, shape, dtype=options.base, seed=options.seed, sparse=options.sparse)
+        write_base(path, shape, dtype=options.base, seed=options.seed, sparse=options.sparse,
+                   vocabulary=options.vocabulary)  # fmt: skip
         made.append(path)
     for i in range(options.seed, options.seed + options.peft):
         path = folder / f"peft-{i}"
@@ -321,7 +358,7 @@ def main() -> None:
     if options.bank:
         base = folder / f"{options.shape}-header.gguf"
         if not base.exists():
-            write_base(base, shape, sparse=True)
+            write_base(base, shape, sparse=True, vocabulary=options.vocabulary)
         made.append(write_bank(folder / "bank", shape, base, options.bank, **sizes))
     print(*made or ["nothing asked for: --base, --peft, --gguf or --bank"], sep="\n")
 

@@ -18,6 +18,8 @@ from edgelora.adapters.base import read_base
 from edgelora.adapters.gguf_lora import check, open_lora
 from edgelora.adapters.peft import convert
 from edgelora.bank import open_bank
+from edgelora.engine.model import open_model
+from edgelora.engine.vocabulary import open_vocabulary
 from edgelora.gguf_file import open_gguf
 from edgelora.operators.distances import measure
 
@@ -47,12 +49,25 @@ def test_a_base_decodes_and_takes_its_adapters(
     assert np.abs(logits(path, [1, 300, 301], lora) - found).max() > 0
 
 
+def test_a_base_gets_the_tokenizer_of_a_file(made: ModuleType, tmp_path: Path) -> None:
+    vocabulary = SCRIPTS.parent / "models" / "catalogue" / "mistral-7b-v0.1.vocabulary.gguf"
+    shape = made.Shape(1, 64, 96, 4, 2, 32000, 128)
+    path = made.write_base(tmp_path / "base.gguf", shape, vocabulary=vocabulary)
+    with open_model(path) as model, open_vocabulary(vocabulary) as real:
+        text = "Is this parcel late? It was sent on Monday."
+        assert list(model.vocabulary.tokenize(text)) == list(real.tokenize(text))
+        assert model.vocabulary.n_tokens == 32000
+    with pytest.raises(SystemExit, match="400 tokens are needed, not 32000"):
+        made.write_base(tmp_path / "b.gguf", made.SHAPES["small"], vocabulary=vocabulary)
+
+
 def test_a_sparse_base_is_enough_to_convert(made: ModuleType, tmp_path: Path) -> None:
     shape = made.SHAPES["small"]
     sparse = made.write_base(tmp_path / "sparse.gguf", shape, dtype="f16", sparse=True)
     whole = made.write_base(tmp_path / "whole.gguf", shape, dtype="f16")
     assert open_gguf(sparse).tensors == open_gguf(whole).tensors
     assert sparse.stat().st_size == whole.stat().st_size
+    assert read_base(sparse).identity == read_base(whole).identity
     folder = made.write_peft(tmp_path / "peft", shape, rank=4, dtype="F16")
     convert(folder, read_base(sparse), tmp_path / "lora.gguf")
     assert len(open_lora(tmp_path / "lora.gguf").names) == 6

@@ -88,8 +88,7 @@ class Model:
             self.unload(path)
         if self.handle is not None:
             handle, self.handle = self.handle, None
-            with native.interrupts_held():
-                llama_cpp.llama_model_free(handle)
+            native.free_model(handle)
 
     def adapter(self, path: Path) -> Any:
         """The native handle of an adapter file, checked against this base and loaded once.
@@ -161,10 +160,7 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
     broken = "" if options.low_ram else amx.warning()
     parameters.use_extra_bufts = not options.low_ram and not broken
     warnings += [broken] if broken else []
-    with native.interrupts_held() as interrupts:
-        going_on = llama_cpp.llama_progress_callback(lambda _share, _data: not interrupts)
-        parameters.progress_callback = going_on
-        handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+    handle = native.load_model(path, parameters)
     if not handle:
         raise EngineError(f"{path}: llama.cpp refused the model", problems=native.recent_log())
     if options.mlock:

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import signal
 import sys
 import threading
@@ -88,6 +89,20 @@ def interrupts_held() -> Iterator[Sequence[object]]:
         signal.signal(signal.SIGINT, previous)
         if held:
             previous(*held[0])
+
+
+def load_model(path: Path, parameters: Any) -> Any:
+    """A model's native handle, falsy where llama.cpp refuses it; Ctrl-C ends the loading."""
+    with interrupts_held() as interrupts:
+        going_on = llama_cpp.llama_progress_callback(lambda _share, _data: not interrupts)
+        parameters.progress_callback = going_on
+        return llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+
+
+def free_model(handle: Any) -> None:
+    """Free what `load_model` gave."""
+    with interrupts_held():
+        llama_cpp.llama_model_free(handle)
 
 
 def recent_log(n_lines: int = 6) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,13 @@ def open_vocabulary(path: Path) -> Iterator[Vocabulary]:
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.vocab_only = True
-    handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+    handle = native.load_model(path, parameters)
     if not handle:
         raise EngineError(f"{path}: llama.cpp refused it", problems=native.recent_log())
     try:
         yield Vocabulary(handle)
     finally:
-        llama_cpp.llama_model_free(handle)
+        native.free_model(handle)
 
 
 def _check(path: Path) -> None:

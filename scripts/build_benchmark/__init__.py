@@ -1,0 +1,1 @@
+"""What benchmark_build.py measured, told as a table."""
