@@ -226,18 +226,17 @@ def _echoed(llama: TimedLlama, text: Text) -> float:
 def _largest_difference_exact(
     base: Path, adapters: Sequence[Path], texts: Sequence[Text], options: Options
 ) -> float:
-    """Nats a token, on an F32 copy of the base, with one of the texts for each adapter."""
+    """Nats a token on an F32 copy of the base: all texts in our shared batches, one of theirs."""
     differences = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "f32.gguf"
         quantize(base, copy, "f32")
         with _open_ours(copy, options, exact=True) as context:
             for i, adapter in enumerate(adapters):
-                one = [texts[i % len(texts)]]
-                ours = score_ours(context, adapter, one)
-                theirs = score_theirs(copy, adapter, one, options, exact=True)
-                n_completion = len(one[0].ids.completion)
-                differences.append(abs(ours.log_p[0] - theirs.log_p[0]) / n_completion)
+                at = i % len(texts)
+                ours = score_ours(context, adapter, texts).log_p[at]
+                theirs = score_theirs(copy, adapter, [texts[at]], options, exact=True).log_p[0]
+                differences.append(abs(ours - theirs) / len(texts[at].ids.completion))
     return float(max(differences))
 
 
