@@ -35,10 +35,11 @@ def score_table(row: Row) -> str:
         ["without loading on either side", f"{row['ratio_loaded']:.1f}", ""],
         ["its forward passes alone / our scoring", f"{row['ratio_eval']:.2f}", ""],
     ]
+    rounds = f"medians of {row['rounds']} rounds" if row["rounds"] > 1 else "one round"
     what = (
         f"**{row['model']}**: {row['n_texts']} examples of {row['dataset']} ({row['n_tokens']:,} "
         f"tokens, {row['n_completion_tokens']} of them completions) under {row['n_adapters']} "
-        f"adapters, {row['n_threads']} thread(s), medians of {row['rounds']} round(s) in turn "
+        f"adapters, {row['n_threads']} thread(s), {rounds} in turn "
         f"({row['cpu']}, {row['when']}, commit {row['commit']}, llama-cpp-python "
         f"{row['llama_cpp_python']})."
     )
