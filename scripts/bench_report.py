@@ -18,6 +18,7 @@ from typing import Any
 
 import adapter_benchmark.results as adapters
 import adapter_benchmark.scale as scale
+import adapter_benchmark.scoring_report as scoring
 import early_exit.report as early
 import gradient_quality.report as gradients
 import operators_benchmark.report as operators
@@ -93,6 +94,7 @@ def pages() -> dict[Path, str]:
     measured = {
         "adapters": adapters.report(adapters.read_rows(adapters.RESULTS)),
         "early-speed": early.speed_report(exits),
+        "score": scoring.report(read_results(scoring.RESULTS)),
         "types": types_report(TYPES),
     }
     return {
