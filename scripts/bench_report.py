@@ -19,6 +19,7 @@ from typing import Any
 import adapter_benchmark.results as adapters
 import adapter_benchmark.scale as scale
 import adapter_benchmark.scoring_report as scoring
+import build_benchmark.report as builds
 import early_exit.report as early
 import gradient_quality.report as gradients
 import operators_benchmark.report as operators
@@ -96,6 +97,7 @@ def pages() -> dict[Path, str]:
         "early-speed": early.speed_report(exits),
         "score": scoring.report(read_results(scoring.RESULTS)),
         "types": types_report(TYPES),
+        "builds": builds.report(builds.read_rows()),
     }
     return {
         PAGE: put_all(fill(PAGE.read_text(encoding="utf-8"), read_results(RESULTS)), measured),

@@ -121,7 +121,7 @@ def _add(bed: Bed, *more: str) -> Row:
 
 def _list(bed: Bed) -> Row:
     run = command("bank", "ls", "--bank", bed.bank, "--json")
-    return run | {"n_adapters": len(json.loads(run.pop("stdout")))}
+    return run | {"n_adapters": len(json.loads(run.pop("stdout"))["adapters"])}
 
 
 def _suggest(bed: Bed) -> Row:
