@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from edgelora.build.gradients import Opened, count_first_pass, open_decoder_and_adapters
 from edgelora.build.pace import fit_comparisons, measure_speed, seconds_of_passes
+from edgelora.build.records import AUTO
 from edgelora.build.work import Parts, Work, count_reserved_tokens
 from edgelora.errors import UnsupportedFile
 
-AUTO = "auto"
 # Of llama.cpp's tokens a second, what forward-equivalents of gradients reach, and 7B at least:
 # see docs/gradient.md.
 _SPEED_OF_GRADIENTS = 0.6

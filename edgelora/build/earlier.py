@@ -33,7 +33,7 @@ from edgelora.operators.arbiter import Candidate, Row, Verdict
 from edgelora.signature import from_bytes
 
 BUILDS = Shelf("builds", ".json", 32 << 20)
-_FORMAT = 2
+_FORMAT = 3
 # Its weights are in a file of the bank that the key does not cover.
 _NOT_KEPT = "neural"
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError, InvalidFile)
@@ -45,11 +45,13 @@ class Earlier:
     """The end of an earlier build.
 
     Attributes:
+        pool: the adapters that took part.
         candidate, recipe: what was chosen.
         budget_tokens: that the earlier build had.
         warnings: that it gave.
     """
 
+    pool: Pool
     candidate: Candidate
     recipe: Recipe
     nearness: Nearness | None
@@ -75,11 +77,11 @@ def recall(work: Work, examples: Sequence[Example]) -> Earlier | None:
     if data is None:
         return None
     try:
-        found = _unpack(json.loads(data), work.pool)
+        found = _unpack(json.loads(data), work.whole)
     except _MALFORMED:
         BUILDS.discard(key)
         return None
-    work.budget = Budget(found.budget_tokens)
+    work.pool, work.budget = found.pool, Budget(found.budget_tokens)
     for message in found.warnings:
         if message not in work.warnings:
             work.warn(message)
@@ -105,6 +107,7 @@ def remember(
         return
     candidate = trial.candidate
     told = {
+        "taking part": _positions(work.pool, work.whole),
         "chosen": candidate.name,
         "coefficients": candidate.coefficients.tolist(),
         "scale": candidate.scale,
@@ -147,7 +150,7 @@ def _is_kept(work: Work) -> bool:
 
 def _key(work: Work, examples: Sequence[Example]) -> str:
     """Of the base, the bank, the examples, the options, and what the last bits depend on."""
-    base, options, pool = work.model.base, replace(work.asked, force=False), work.pool
+    base, options, pool = work.model.base, replace(work.asked, force=False), work.whole
     opened = work.model.options
     facts = {
         "format": [_FORMAT, __version__, llama_cpp_version(), np.__version__],
@@ -206,10 +209,12 @@ def _refined(told: Mapping[str, Any]) -> Refined:
 
 def _unpack(told: Mapping[str, Any], pool: Pool) -> Earlier:
     """What `remember` kept; raises one of _MALFORMED for anything else."""
+    pool = pool.only(_checked(told["taking part"], len(pool.records)))
     k, near, judged = len(pool.records), told["nearness"], dict(told["judgement"])
     judged["interval"] = tuple(judged["interval"])
     candidate = Candidate(told["chosen"], _array(told["coefficients"], k), float(told["scale"]))
     return Earlier(
+        pool,
         candidate,
         _unpack_recipe(told["recipe"], k) if told["recipe"] else PLAIN,
         near and Nearness(near["distance"], from_bytes(base64.b64decode(near["target"])),
@@ -223,6 +228,18 @@ def _unpack(told: Mapping[str, Any], pool: Pool) -> Earlier:
         int(told["budget_tokens"]),
         tuple(told["warnings"]),
     )  # fmt: skip
+
+
+def _positions(pool: Pool, whole: Pool) -> list[int]:
+    """Where the adapters of a pool are in the one that it is a part of."""
+    place = {name: i for i, name in enumerate(whole.names)}
+    return [place[name] for name in pool.names]
+
+
+def _checked(positions: Sequence[int], k: int) -> list[int]:
+    if not positions or positions != sorted({*map(int, positions)} & set(range(k))):
+        raise ValueError(f"adapters {positions} of {k}")
+    return list(positions)
 
 
 def _array(values: Sequence[float], k: int) -> Array:

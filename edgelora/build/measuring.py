@@ -41,9 +41,12 @@ _EMBEDDING = "embedding your examples"
 
 
 def measure_parts(
-    work: Work, split: Split, parts: Parts
+    work: Work, split: Split, parts: Parts, nearness: Nearness | None = None
 ) -> tuple[Nearness | None, Measured, list[TokenisedExample]]:
     """Distances by embeddings, then the loss of each adapter alone on support examples.
+
+    Args:
+        nearness: the distances, where they are known.
 
     Returns:
         The distances (None without any signature), the losses, and the examples shown.
@@ -54,7 +57,8 @@ def measure_parts(
     """
     pool = work.pool
     with open_context(work.model, hidden=True) as context:
-        nearness = embed_and_compare(work, context, split.support, _SHARE_FOR_EMBEDDING)
+        if nearness is None:
+            nearness = embed_and_compare(work, context, split.support, _SHARE_FOR_EMBEDDING)
         share = int(SHARE_FOR_ADAPTERS * work.budget.left)
         positions, shown = shortlist(pool, parts.support, nearness, share)
         if not needs_losses(work.options):

@@ -17,6 +17,7 @@ from edgelora.adapters.merge import one_blas_thread
 from edgelora.adapters.terms import terms_of
 from edgelora.build.crossing import N_FOLDS
 from edgelora.build.proposals import MIN_SHOWN, N_FITTED, N_SINGLE, count_candidates
+from edgelora.build.records import AUTO, Options
 from edgelora.build.search import N_LINEARISATIONS, release
 from edgelora.build.trials import Budget
 from edgelora.build.work import Parts, Work, count_reserved_tokens
@@ -94,12 +95,22 @@ def tell_what_left(work: Work, parts: Parts, fitted: Parts) -> None:
 
 
 def estimate_merges(work: Work, parts: Parts) -> float:
-    """Seconds that all combinations of a build take; that of one is measured once in a build."""
+    """Seconds that all combinations of a build take; that of one is measured once in a build.
+
+    Of a build that has not settled on a refinement it is the most.
+    """
     if math.isnan(work.merge_s):
         work.merge_s = measure_merge(work.pool.paths)
-    n_candidates = count_candidates(work.options, bool(work.pool.signed))
-    by_gradients = work.options.refine == "gradient"
-    return work.merge_s * count_merges(n_candidates, parts.is_crossed, by_gradients=by_gradients)
+    asked = [work.options]
+    if work.options.refine == AUTO:
+        asked = [replace(work.options, refine=refine) for refine in ("gradient", "forward")]
+    return work.merge_s * max(_count_merges(work, parts, options) for options in asked)
+
+
+def _count_merges(work: Work, parts: Parts, options: Options) -> float:
+    n_candidates = count_candidates(options, bool(work.pool.signed))
+    by_gradients = options.refine == "gradient"
+    return count_merges(n_candidates, parts.is_crossed, by_gradients=by_gradients)
 
 
 def cut_embedding_to_time(work: Work, texts: Sequence[TokenisedExample]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,14 @@ class Pool:
     def others(self) -> list[Signature]:
         """The signatures that there are, in the order of `signed`."""
         return [signature for signature in self.signatures if signature is not None]
+
+    def only(self, positions: Sequence[int]) -> Pool:
+        """The adapters at these positions, in their order."""
+        return replace(
+            self,
+            records=tuple(self.records[i] for i in positions),
+            signatures=tuple(self.signatures[i] for i in positions),
+        )
 
     def spread(self, positions: Sequence[int], values: Array) -> Array:
         """Coefficients (k,) with `values` at `positions` and 0 elsewhere."""

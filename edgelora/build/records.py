@@ -12,7 +12,8 @@ from edgelora.operators.arbiter import Verdict
 
 DEFAULT_BUDGET = 120_000
 DEFAULT_LIMIT_S = 600.0
-REFINEMENTS = ("auto", "none", "forward", "gradient")
+AUTO = "auto"
+REFINEMENTS = (AUTO, "none", "forward", "gradient")
 DEFAULT_DISTANCE = "bures"
 CROSSED = "cross-validated"
 
@@ -47,7 +48,7 @@ class Options:
 
     distance: str = DEFAULT_DISTANCE
     operator: str = "auto"
-    refine: str = "auto"
+    refine: str = AUTO
     passes: int = 10
     weights: str = "component"
     objective: str = ""

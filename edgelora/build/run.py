@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
-from edgelora.build.automatic import AUTO, settle_refinement
+from edgelora.build.automatic import settle_refinement
 from edgelora.build.choosing import choose, contenders
 from edgelora.build.clock import Clock
 from edgelora.build.crossing import assign_folds, is_crossed
@@ -34,6 +34,7 @@ from edgelora.build.measuring import (
     measure_parts,
     plan_unmeasured,
 )
+from edgelora.build.narrowing import narrow_to_time
 from edgelora.build.pace import (
     cut_embedding_to_time,
     cut_to_time,
@@ -51,7 +52,15 @@ from edgelora.build.proposals import (
     Nearness,
     propose,
 )
-from edgelora.build.records import REFINEMENTS, Built, Listener, Options, Refined, Trained
+from edgelora.build.records import (
+    AUTO,
+    REFINEMENTS,
+    Built,
+    Listener,
+    Options,
+    Refined,
+    Trained,
+)
 from edgelora.build.refining import OBJECTIVE_WORDS, refine
 from edgelora.build.search import Search
 from edgelora.build.state import State, open_state
@@ -173,6 +182,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
         return build_again(work, earlier)
     split = _split(work, dataset)
     whole = tokenise_parts(work, split)
+    near = narrow_to_time(work, split, whole)
     opened = settle_refinement(work, whole)
     parts, seconds = fit_comparisons(work, whole), math.inf
     if work.options.needs_gradients and math.isfinite(work.options.limit_s):
@@ -184,7 +194,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
         steps = _open_steps(work, stack, parts.support, opened, seconds)
-        nearness, measured, shown = measure_parts(work, split, parts)
+        nearness, measured, shown = measure_parts(work, split, parts, near)
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
         context = stack.enter_context(open_context(work.model))

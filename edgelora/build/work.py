@@ -48,6 +48,7 @@ class Work:
 
     Attributes:
         options: with what `refine="auto"` came to; `asked` are those that a person gave.
+        pool: what may take part, of the `whole` that the bank has (see narrowing).
         is_cut: whether time has cut the budget: then few candidates are compared.
         was_interrupted: whether gradient steps ended by Ctrl-C, with the best so far.
         tokens_per_s: see pace.measure_speed; NaN before.
@@ -68,9 +69,10 @@ class Work:
     tokens_per_s: float = math.nan
     warnings: list[str] = field(default_factory=list)
     asked: Options = field(init=False)
+    whole: Pool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.asked = self.options
+        self.asked, self.whole = self.options, self.pool
 
     @property
     def listener(self) -> Listener:
