@@ -60,7 +60,7 @@ def _fall_back(work: Work, why: str) -> None:
 
 def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
     """What a descent of one pass lacks, in words; "" if nothing."""
-    n_tokens = count_first_pass(work, opened, parts.support)
+    n_tokens = count_first_pass(work, opened, parts)
     n_tokens += count_reserved_tokens(work, fit_comparisons(work, parts))
     if n_tokens > work.budget.left:
         return (

@@ -18,7 +18,7 @@ from edgelora.adapters.lora import LoraPair
 from edgelora.build.proposals import count_candidates
 from edgelora.build.records import GradientPlan, Options
 from edgelora.build.trials import TRIES_A_CANDIDATE
-from edgelora.build.work import Work
+from edgelora.build.work import MAX_SHOWN, Parts, Work
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import UnsupportedFile
 from edgelora.gradient import layers
@@ -39,7 +39,9 @@ from edgelora.memory import available_bytes
 # More examples than this cost more than they tell; a sample is drawn by the seed.
 MAX_EXAMPLES = 64
 # Of these, what other candidates are tried on: enough for a scale.
-MAX_SHOWN = 24
+# Examples that other candidates are tried on: fewer where that leaves the descent more passes.
+_SHOWN = (MAX_SHOWN, 16, 8)
+_PASSES_WORTH_IT = 3
 # In a larger bank only so many adapters are combined, those of the steepest slope at the base: the
 # stacked factors of more would cost more than the base's own matrices.
 MAX_SOURCES = 64
@@ -101,6 +103,7 @@ def open_gradients(
     *,
     opened: Opened | None = None,
     seconds: float = math.inf,
+    is_crossed: bool = False,
 ) -> Gradients:
     """Open the base, test its speed, reserve what the passes cost and put that in `work`.
 
@@ -108,6 +111,7 @@ def open_gradients(
         scratch: a folder that is made if the blocks' inputs do not fit the memory.
         opened: what is open already.
         seconds: that all passes may take, forward ones too; a descent takes one at least.
+        is_crossed: whether candidates are cross-validated: then they are tried on all examples.
 
     Raises:
         UnsupportedFile: a base, or an adapter, whose gradient is not known; it is named.
@@ -125,6 +129,8 @@ def open_gradients(
     memory, passes = _memory(work, decoder, texts, files, scratch)
     speed = _test_speed(work, decoder, texts, files, passes)
     allowed = int(min(work.budget.left, seconds * speed))
+    if descent is not None and not is_crossed:
+        work.n_shown = _fit_shown(work, decoder, examples, descent, passes, allowed)
     descent, n_descent = _reserve(work, decoder, examples, descent, polish, passes, allowed)
     n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
     work.gradient = GradientPlan(
@@ -161,9 +167,16 @@ def sampled(
     return [examples[i] for i in chosen]
 
 
-def shown_of(examples: Sequence[TokenisedExample], seed: int) -> list[TokenisedExample]:
+def shown_of(work: Work, examples: Sequence[TokenisedExample]) -> list[TokenisedExample]:
     """The examples that candidates are tried on beside gradients: all that there are, if few."""
-    return sampled(sampled(examples, seed), seed, most=MAX_SHOWN)
+    return _shown(work, examples, work.n_shown)
+
+
+def _shown(
+    work: Work, examples: Sequence[TokenisedExample], n_shown: int
+) -> list[TokenisedExample]:
+    seed = work.options.seed
+    return sampled(sampled(examples, seed), seed, most=n_shown)
 
 
 def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
@@ -197,14 +210,15 @@ def open_decoder_and_adapters(work: Work, hint: str) -> Opened:
     return Opened(decoder, files)
 
 
-def count_first_pass(work: Work, opened: Opened, support: Sequence[TokenisedExample]) -> int:
+def count_first_pass(work: Work, opened: Opened, parts: Parts) -> int:
     """Tokens of a build whose descent on losses has a single pass; comparisons are not counted."""
-    options = work.options
+    options, support = work.options, parts.support
     examples = sampled(support, options.seed)
     descent, polish = DescentOptions(seed=options.seed), PolishOptions(n_passes=options.polish)
     fixed, each = _costs(opened.decoder, examples, descent, PassOptions())
     n_polish = count_polish_tokens(opened.decoder, examples, polish)
-    return fixed + each + n_polish + _others(work, examples)
+    least = MAX_SHOWN if parts.is_crossed else _SHOWN[-1]
+    return fixed + each + n_polish + _others(work, examples, least)
 
 
 def _texts(
@@ -246,7 +260,8 @@ def _reserve(
         work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
         return None, 0
     fixed, each = _costs(decoder, examples, descent, passes)
-    spare, why = allowed - n_polish - _others(work, examples), "the budget"
+    spare = allowed - n_polish - _others(work, examples, work.n_shown)
+    why = "the budget"
     if allowed < work.budget.left:
         why = "the time"
     n_passes = max(1, min(descent.n_passes, (spare - fixed) // each))
@@ -261,6 +276,21 @@ def _reserve(
             f"{each:,} tokens"
         )
     return replace(descent, n_passes=n_passes), fixed + n_passes * each
+
+
+def _fit_shown(
+    work: Work,
+    decoder: Decoder,
+    examples: list[TokenisedExample],
+    descent: DescentOptions,
+    passes: PassOptions,
+    allowed: int,
+) -> int:
+    """On how many examples candidates are tried, so that the descent has some passes, or all."""
+    fixed, each = _costs(decoder, examples, descent, passes)
+    needed = fixed + min(descent.n_passes, _PASSES_WORTH_IT) * each
+    fitting = (n for n in _SHOWN if _others(work, examples, n) + needed <= allowed)
+    return next(fitting, _SHOWN[-1])
 
 
 def _costs(
@@ -278,13 +308,13 @@ def _costs(
     return none + ranking, one - none
 
 
-def _others(work: Work, examples: Sequence[TokenisedExample]) -> int:
-    """Tokens that embedding the examples and trying the candidates may take."""
+def _others(work: Work, examples: Sequence[TokenisedExample], n_shown: int) -> int:
+    """Tokens that embedding the examples and trying the candidates on `n_shown` may take."""
     n_embedded = sum(example.n_tokens for example in examples)
     if not all(example.completion for example in examples):
         return n_embedded
     n_passes = 1 + TRIES_A_CANDIDATE * count_candidates(work.options, bool(work.pool.signed))
-    return n_embedded + n_passes * count_tokens(shown_of(examples, work.options.seed))
+    return n_embedded + n_passes * count_tokens(_shown(work, examples, n_shown))
 
 
 def _test_speed(

@@ -64,7 +64,7 @@ def measure_parts(
         if not needs_losses(work.options):
             positions = []
         if work.gradient is not None:
-            shown = shown_of(parts.support, work.options.seed)
+            shown = shown_of(work, parts.support)
         work.spend(
             (1 + len(positions)) * count_tokens(shown),
             f"measuring {len(positions)} adapter(s) on {len(shown)} examples",

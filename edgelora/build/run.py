@@ -193,7 +193,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
-        steps = _open_steps(work, stack, parts.support, opened, seconds)
+        steps = _open_steps(work, stack, parts.support, opened, seconds, parts.is_crossed)
         nearness, measured, shown = measure_parts(work, split, parts, near)
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
@@ -306,6 +306,7 @@ def _open_steps(
     texts: Sequence[TokenisedExample],
     opened: Opened | None,
     seconds: float,
+    is_crossed: bool = False,
     *,
     has_completions: bool = True,
 ) -> _Steps | None:
@@ -314,8 +315,9 @@ def _open_steps(
         return None
     state = stack.enter_context(open_state(work))
     gradients = open_gradients(
-        work, texts, state.folder, has_completions, opened=opened, seconds=seconds
-    )
+        work, texts, state.folder, has_completions, opened=opened, seconds=seconds,
+        is_crossed=is_crossed,
+    )  # fmt: skip
     return _Steps(gradients, state)
 
 

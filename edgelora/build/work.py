@@ -21,6 +21,8 @@ from edgelora.errors import EdgeLoRAError
 
 # Of a build whose time is short, that come to the comparison with the base.
 MOST_COMPARED = 3
+# Examples that other candidates are tried on beside gradients, at most.
+MAX_SHOWN = 24
 UNTOUCHED, OPTIMISTIC = "untouched", "selection part, optimistic"
 
 
@@ -51,6 +53,7 @@ class Work:
         pool: what may take part, of the `whole` that the bank has (see narrowing).
         is_cut: whether time has cut the budget: then few candidates are compared.
         was_interrupted: whether gradient steps ended by Ctrl-C, with the best so far.
+        n_shown: examples that candidates are tried on beside gradients.
         tokens_per_s: see pace.measure_speed; NaN before.
         merge_s: of one combination, see pace.measure_merge; NaN before.
     """
@@ -65,6 +68,7 @@ class Work:
     gradient: GradientPlan | None = None
     is_cut: bool = False
     was_interrupted: bool = False
+    n_shown: int = MAX_SHOWN
     merge_s: float = math.nan
     tokens_per_s: float = math.nan
     warnings: list[str] = field(default_factory=list)
