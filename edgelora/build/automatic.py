@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 
-from edgelora.build.gradients import Opened, count_first_pass, open_decoder_and_adapters
+from edgelora.build.gradients import (
+    Opened,
+    count_first_pass,
+    open_decoder_and_adapters,
+    threads,
+)
 from edgelora.build.pace import fit_comparisons, measure_speed, seconds_of_passes
 from edgelora.build.records import AUTO
 from edgelora.build.work import Parts, Work, count_reserved_tokens
+from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile
+from edgelora.gradient.decoder import PassOptions
+from edgelora.gradient.descent import DescentOptions
 
-# Of llama.cpp's tokens a second, what forward-equivalents of gradients reach, and 7B at least:
-# see docs/gradient.md.
-_SPEED_OF_GRADIENTS = 0.6
+_BLOCKS_TIMED = 4
 
 
 def settle_refinement(work: Work, parts: Parts | None) -> Opened | None:
@@ -60,8 +69,9 @@ def _fall_back(work: Work, why: str) -> None:
 
 def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
     """What a descent of one pass lacks, in words; "" if nothing."""
-    n_tokens = count_first_pass(work, opened, parts)
-    n_tokens += count_reserved_tokens(work, fit_comparisons(work, parts))
+    n_gradient, n_forward = count_first_pass(work, opened, parts)
+    n_forward += count_reserved_tokens(work, fit_comparisons(work, parts))
+    n_tokens = n_gradient + n_forward
     if n_tokens > work.budget.left:
         return (
             f"one pass of gradients and its comparisons take {n_tokens:,} tokens, and "
@@ -70,11 +80,38 @@ def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
     limit_s = work.options.limit_s
     if not math.isfinite(limit_s):
         return ""
-    speed = _SPEED_OF_GRADIENTS * measure_speed(work, parts.support)
-    allowed_s = seconds_of_passes(work, parts)
-    if n_tokens <= speed * allowed_s:
+    seconds = n_forward / measure_speed(work, parts.support)
+    if seconds <= (allowed_s := seconds_of_passes(work, parts)):
+        seconds += n_gradient / measure_gradients(work, opened, parts.support)
+    if seconds <= allowed_s:
         return ""
     return (
-        f"one pass of gradients would take about {n_tokens / speed / 60:.0f} min of "
+        f"one pass of gradients and its comparisons would take about {seconds / 60:.0f} min of "
         f"{limit_s / 60:.0f} (--budget allows more)"
     )
+
+
+def measure_gradients(work: Work, opened: Opened, texts: Sequence[TokenisedExample]) -> float:
+    """Forward-equivalent tokens a second of one step, from a few blocks of its forward.
+
+    Adapters cost some time more: what is planned is measured with them, on a whole step.
+    """
+    decoder, times = opened.decoder, []
+    step = sorted(texts, key=lambda text: text.n_tokens)[: DescentOptions().batch_size]
+    work.spend(decoder.count_rows(step, PassOptions()), "a test of speed")
+
+    def stop(_n_blocks: int) -> None:
+        times.append(time.perf_counter())
+        if len(times) > _BLOCKS_TIMED:
+            raise _Enough
+
+    with threads(work), contextlib.suppress(_Enough):
+        decoder.losses(step, {}, progress=stop)
+    if len(times) < 2:
+        return math.inf  # a single block takes no time
+    each = (times[-1] - times[0]) / (len(times) - 1)
+    return decoder.count_rows(step, PassOptions()) / (each * work.model.base.n_layer)
+
+
+class _Enough(Exception):
+    """Enough blocks were timed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +14,10 @@ import numpy as np
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
-from edgelora.build.proposals import count_candidates
+from edgelora.build.allowance import SHOWN, Allowance, count_others, sampled
 from edgelora.build.records import GradientPlan, Options
-from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import MAX_SHOWN, Parts, Work
-from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile
 from edgelora.gradient import layers
 from edgelora.gradient.components import memory_of_directions
@@ -36,11 +34,6 @@ from edgelora.gradient.polish import PolishOptions, count_polish_tokens, fresh_p
 from edgelora.gradient.updates import Combined, refuse_misfits
 from edgelora.memory import available_bytes
 
-# More examples than this cost more than they tell; a sample is drawn by the seed.
-MAX_EXAMPLES = 64
-# Of these, what other candidates are tried on: enough for a scale.
-# Examples that other candidates are tried on: fewer where that leaves the descent more passes.
-_SHOWN = (MAX_SHOWN, 16, 8)
 _PASSES_WORTH_IT = 3
 # In a larger bank only so many adapters are combined, those of the steepest slope at the base: the
 # stacked factors of more would cost more than the base's own matrices.
@@ -128,9 +121,9 @@ def open_gradients(
     texts = _texts(examples, descent)
     memory, passes = _memory(work, decoder, texts, files, scratch)
     speed = _test_speed(work, decoder, texts, files, passes)
-    allowed = int(min(work.budget.left, seconds * speed))
+    allowed = Allowance(work, examples, seconds, speed)
     if descent is not None and not is_crossed:
-        work.n_shown = _fit_shown(work, decoder, examples, descent, passes, allowed)
+        work.n_shown = _fit_shown(decoder, examples, descent, passes, allowed)
     descent, n_descent = _reserve(work, decoder, examples, descent, polish, passes, allowed)
     n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
     work.gradient = GradientPlan(
@@ -154,29 +147,6 @@ def threads(work: Work) -> Iterator[None]:
 
     with threadpool_limits(work.model.options.threads(), user_api="blas"):
         yield
-
-
-def sampled(
-    examples: Sequence[TokenisedExample], seed: int, *, most: int | None = None
-) -> list[TokenisedExample]:
-    """At most so many (MAX_EXAMPLES), drawn by the seed, in their order."""
-    most = most or MAX_EXAMPLES
-    if len(examples) <= most:
-        return list(examples)
-    chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
-    return [examples[i] for i in chosen]
-
-
-def shown_of(work: Work, examples: Sequence[TokenisedExample]) -> list[TokenisedExample]:
-    """The examples that candidates are tried on beside gradients: all that there are, if few."""
-    return _shown(work, examples, work.n_shown)
-
-
-def _shown(
-    work: Work, examples: Sequence[TokenisedExample], n_shown: int
-) -> list[TokenisedExample]:
-    seed = work.options.seed
-    return sampled(sampled(examples, seed), seed, most=n_shown)
 
 
 def make_fresh_pairs(work: Work, gradients: Gradients) -> dict[str, LoraPair]:
@@ -210,15 +180,18 @@ def open_decoder_and_adapters(work: Work, hint: str) -> Opened:
     return Opened(decoder, files)
 
 
-def count_first_pass(work: Work, opened: Opened, parts: Parts) -> int:
-    """Tokens of a build whose descent on losses has a single pass; comparisons are not counted."""
+def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int]:
+    """Tokens of gradients, and of other candidates, where the descent on losses has one pass.
+
+    Comparisons are not counted.
+    """
     options, support = work.options, parts.support
     examples = sampled(support, options.seed)
     descent, polish = DescentOptions(seed=options.seed), PolishOptions(n_passes=options.polish)
     fixed, each = _costs(opened.decoder, examples, descent, PassOptions())
     n_polish = count_polish_tokens(opened.decoder, examples, polish)
-    least = MAX_SHOWN if parts.is_crossed else _SHOWN[-1]
-    return fixed + each + n_polish + _others(work, examples, least)
+    least = MAX_SHOWN if parts.is_crossed else SHOWN[-1]
+    return fixed + each + n_polish, count_others(work, examples, least)
 
 
 def _texts(
@@ -245,12 +218,9 @@ def _reserve(
     descent: DescentOptions | None,
     polish: PolishOptions | None,
     passes: PassOptions,
-    allowed: int,
+    allowed: Allowance,
 ) -> tuple[DescentOptions | None, int]:
-    """Set tokens aside for as many passes as the budget allows, and as were asked for.
-
-    Args:
-        allowed: tokens that all that is left to do may take: of the budget, or what time allows.
+    """Set tokens aside for as many passes as budget and time allow, and as were asked for.
 
     Returns:
         The descent with these passes, and the tokens that it and the ranking take.
@@ -260,11 +230,8 @@ def _reserve(
         work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
         return None, 0
     fixed, each = _costs(decoder, examples, descent, passes)
-    spare = allowed - n_polish - _others(work, examples, work.n_shown)
-    why = "the budget"
-    if allowed < work.budget.left:
-        why = "the time"
-    n_passes = max(1, min(descent.n_passes, (spare - fixed) // each))
+    spare, why = allowed.with_others_on(work.n_shown)
+    n_passes = max(1, min(descent.n_passes, (spare - n_polish - fixed) // each))
     work.spend(
         fixed + n_passes * each + n_polish,
         f"{n_passes} pass(es) of gradients on coefficients"
@@ -279,18 +246,17 @@ def _reserve(
 
 
 def _fit_shown(
-    work: Work,
     decoder: Decoder,
     examples: list[TokenisedExample],
     descent: DescentOptions,
     passes: PassOptions,
-    allowed: int,
+    allowed: Allowance,
 ) -> int:
     """On how many examples candidates are tried, so that the descent has some passes, or all."""
     fixed, each = _costs(decoder, examples, descent, passes)
     needed = fixed + min(descent.n_passes, _PASSES_WORTH_IT) * each
-    fitting = (n for n in _SHOWN if _others(work, examples, n) + needed <= allowed)
-    return next(fitting, _SHOWN[-1])
+    fitting = (n for n in SHOWN if needed <= allowed.with_others_on(n)[0])
+    return next(fitting, SHOWN[-1])
 
 
 def _costs(
@@ -306,15 +272,6 @@ def _costs(
     )
     ranking = GRADIENT_COST * decoder.count_rows(_texts(examples, descent), passes)
     return none + ranking, one - none
-
-
-def _others(work: Work, examples: Sequence[TokenisedExample], n_shown: int) -> int:
-    """Tokens that embedding the examples and trying the candidates on `n_shown` may take."""
-    n_embedded = sum(example.n_tokens for example in examples)
-    if not all(example.completion for example in examples):
-        return n_embedded
-    n_passes = 1 + TRIES_A_CANDIDATE * count_candidates(work.options, bool(work.pool.signed))
-    return n_embedded + n_passes * count_tokens(_shown(work, examples, n_shown))
 
 
 def _test_speed(

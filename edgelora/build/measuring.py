@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from edgelora.build.gradients import shown_of
+from edgelora.build.allowance import shown_of
 from edgelora.build.pace import estimate_merges, measure_merge
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import (
