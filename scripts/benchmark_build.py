@@ -40,7 +40,7 @@ from edgelora.engine.context import open_context
 from edgelora.engine.model import ModelOptions, open_model
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "returns" / "train.jsonl"
-SMALL_BUDGET = "6000"
+SMALL_BUDGET = "4000"
 N_PROMPT = 512
 
 
