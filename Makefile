@@ -10,6 +10,7 @@ SOAK_ARGS ?=
 KILL_ARGS ?=
 FUZZ_ARGS ?=
 BENCH_ARGS ?=
+BENCH_FOLDER ?= build/bench
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
@@ -23,7 +24,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-parity setup-clients demo serve test test-slow test-parity test-clients soak check \
-	peers bench-report clean picture
+	peers bench bench-report clean picture
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -70,6 +71,16 @@ check: setup ## the gate: ruff, mypy --strict, import direction
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_architecture.py
+
+bench: setup ## what can be measured without other material, side by side: 15 GB in BENCH_FOLDER, over an hour
+	@$(BIN)/python scripts/benchmark_convert.py
+	@$(BIN)/python scripts/benchmark_score.py
+	@$(BIN)/python scripts/make_shape.py mistral-7b $(BENCH_FOLDER) --base q4_0 --bank 500 --peft 1 \
+		--vocabulary models/catalogue/mistral-7b-v0.1.vocabulary.gguf
+	@$(BIN)/python scripts/benchmark_merge.py $(BENCH_FOLDER)
+	@$(BIN)/python scripts/benchmark_scale.py bank $(BENCH_FOLDER) --merge 32 500
+	@$(BIN)/python scripts/benchmark_build.py $(BENCH_FOLDER)
+	@$(BIN)/python scripts/bench_report.py
 
 bench-%: setup ## run scripts/benchmark_NAME.py, e.g. make bench-merge BENCH_ARGS="--help"
 	@$(BIN)/python scripts/benchmark_$*.py $(BENCH_ARGS)
