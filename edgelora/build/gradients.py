@@ -122,10 +122,10 @@ def open_gradients(
     memory, passes = _memory(work, decoder, texts, files, scratch)
     speed = _test_speed(work, decoder, texts, files, passes)
     allowed = Allowance(work, examples, seconds, speed)
-    if descent is not None and not is_crossed:
-        work.n_shown = _fit_shown(decoder, examples, descent, passes, allowed)
-    descent, n_descent = _reserve(work, decoder, examples, descent, polish, passes, allowed)
     n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
+    if descent is not None and not is_crossed:
+        work.n_shown = _fit_shown(decoder, examples, descent, passes, allowed, n_polish)
+    descent, n_descent = _reserve(work, decoder, examples, descent, n_polish, passes, allowed)
     work.gradient = GradientPlan(
         n_examples=len(examples),
         n_rows=decoder.count_rows(texts, passes),
@@ -216,7 +216,7 @@ def _reserve(
     decoder: Decoder,
     examples: list[TokenisedExample],
     descent: DescentOptions | None,
-    polish: PolishOptions | None,
+    n_polish: int,
     passes: PassOptions,
     allowed: Allowance,
 ) -> tuple[DescentOptions | None, int]:
@@ -225,7 +225,6 @@ def _reserve(
     Returns:
         The descent with these passes, and the tokens that it and the ranking take.
     """
-    n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
     if descent is None:
         work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
         return None, 0
@@ -235,7 +234,7 @@ def _reserve(
     work.spend(
         fixed + n_passes * each + n_polish,
         f"{n_passes} pass(es) of gradients on coefficients"
-        + (f" and {work.options.polish} on factors" if polish else ""),
+        + (f" and {work.options.polish} on factors" if n_polish else ""),
     )
     if n_passes < descent.n_passes:
         work.warn(
@@ -251,10 +250,11 @@ def _fit_shown(
     descent: DescentOptions,
     passes: PassOptions,
     allowed: Allowance,
+    n_polish: int,
 ) -> int:
     """On how many examples candidates are tried, so that the descent has some passes, or all."""
     fixed, each = _costs(decoder, examples, descent, passes)
-    needed = fixed + min(descent.n_passes, _PASSES_WORTH_IT) * each
+    needed = n_polish + fixed + min(descent.n_passes, _PASSES_WORTH_IT) * each
     fitting = (n for n in SHOWN if needed <= allowed.with_others_on(n)[0])
     return next(fitting, SHOWN[-1])
 
