@@ -83,10 +83,15 @@ def _draw_shares(panel: Axes, table: Table, _: str) -> None:
 
 
 def _draw_tokens(panel: Axes, table: Table, _: str) -> None:
-    for arm in _arms(table):
+    """Points with their names; of the paper's cells, which lie on each other, only the best has."""
+    arms = _arms(table)
+    cells = [arm for arm in arms if arm.startswith("paper-")]
+    for arm in arms:
         tokens = max(1.0, table.mean(arm, "tokens"))
         share = table.ratio(arm)
         panel.plot(tokens, share, "o", ms=3, color=_colour(arm))
+        if arm in cells[:-1]:
+            continue
         panel.annotate(arm, (tokens, share), fontsize=5, xytext=(2, 2), textcoords="offset points")
     panel.set_xscale("log")
     panel.set_xlabel("forward-equivalent tokens to find the adapter")
@@ -130,7 +135,7 @@ def _category_of(table: Table) -> Any:
 def _colour(arm: str) -> str:
     if arm.startswith("paper-"):
         return COLOURS["paper"]
-    ours = arm.split("-")[0].split(" ")[0] in ("op", "gradient", "polish", "build")
+    ours = arm.split("-")[0].split(" ")[0] in ("op", "forward", "gradient", "polish", "build")
     return COLOURS["ours" if ours else "other"]
 
 
