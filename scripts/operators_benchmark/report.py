@@ -179,15 +179,16 @@ def _labels(found: Sequence[Table]) -> str:
 
 
 def _crossed(found: Sequence[Table], what: str, column_of: Callable[[Table], str | None]) -> str:
-    """Arms by columns of several tables, a part for each bed; arms of one column are left out."""
+    """Arms by columns of several tables, by bed, without those of the headline's column alone."""
     parts = []
     for bed in dict.fromkeys(table.bed for table in found):
         there = [(c, t) for t in found if t.bed == bed and (c := column_of(t)) is not None]
         if len(there) < 2:
             continue
+        others = [t for _, t in there if (t.split, t.labels) != HEADLINE]
         arms = dict.fromkeys(arm for _, table in there for arm in table.arms if table.of(arm))
         wanted = [a for a in arms if a not in ("base", "own")
-                  and sum(bool(t.of(a)) for _, t in there) > 1]  # fmt: skip
+                  and any(t.of(a) for t in others)]  # fmt: skip
         lines = [[arm, *(_crossing(table, arm) for _, table in there)] for arm in wanted]
         head = ["arm", *(f"{what} {column}" for column, _ in there)]
         parts.append(f"**{bed}**\n\n{_markdown(head, lines, 1)}")
