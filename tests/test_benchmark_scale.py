@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bench_report
 import benchmark_scale
 import make_shape
 import numpy as np
@@ -57,8 +56,3 @@ def test_the_newest_row_counts_and_half_a_line_does_not(tmp_path: Path) -> None:
     key = '"part": "bank", "shape": "s", "stage": "ls", "k": 1'
     path.write_text(f'{{{key}, "seconds": 1}}\n{{{key}, "seconds": 2}}\n{{"part": "ba')
     assert [row["seconds"] for row in read_rows(path)] == [2]
-
-
-def test_the_page_is_the_report_of_the_results() -> None:
-    page = bench_report.SCALE_PAGE.read_text(encoding="utf-8")
-    assert bench_report.pages()[bench_report.SCALE_PAGE] == page

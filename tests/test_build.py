@@ -176,6 +176,7 @@ def test_very_few_examples_end_in_a_file_or_in_a_reason(
     assert open_lora(out).names and not list((tmp_path / "tmp").iterdir())
 
 
+@pytest.mark.slow
 def test_answers_without_a_pattern_are_not_learnt_by_heart(
     world: World, model: Model, out: Path, tmp_path: Path
 ) -> None:
@@ -191,6 +192,7 @@ def test_answers_without_a_pattern_are_not_learnt_by_heart(
         assert row.loss > built.support_losses[row.name]
 
 
+@pytest.mark.slow
 def test_same_inputs_same_bytes_with_a_cold_and_a_warm_cache(
     world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:
@@ -207,6 +209,7 @@ def test_same_inputs_same_bytes_with_a_cold_and_a_warm_cache(
     assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_another_seed_splits_otherwise(world: World, model: Model, out: Path) -> None:
     built = run(model, world.bank, world.helped, out, replace(FORWARD, seed=5))
     assert json.loads(str(open_lora(out).metadata["edgelora.provenance"]))["seed"] == 5
@@ -443,6 +446,7 @@ def unsigned(world: World, tmp_path: Path) -> Path:
     return bank.path
 
 
+@pytest.mark.slow
 def test_adapters_without_a_signature_are_named_and_still_measured(
     unsigned: Path, world: World, model: Model, out: Path
 ) -> None:
@@ -507,6 +511,7 @@ def test_how_to_combine_is_the_persons_choice(
     assert built.merge.max_rank == {"cat": 16, "svd": 2, "linear": 4}[combine]
 
 
+@pytest.mark.slow
 def test_a_quantised_base_builds_as_well(world: World, out: Path, tmp_path: Path) -> None:
     base = pico.write_base(tmp_path / "q8.gguf", dtype="Q8_0")
     # low_ram: not every build of llama.cpp repacks Q8_0 rightly (see edgelora.engine.amx).

@@ -158,7 +158,13 @@ def test_exit_codes_say_what_happened(world: World, tmp_path: Path) -> None:
     assert gone.exit_code == 1 and "no adapter is left" in gone.stderr
 
 
-@pytest.mark.parametrize("operator", OPERATOR_NAMES)
+@pytest.mark.parametrize(
+    "operator",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("coordinate", "cma") else ())
+        for name in OPERATOR_NAMES
+    ],
+)
 def test_each_operator_by_name(operator: str, world: World, tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
     result = run(*words(world, world.helped, out, "--operator", operator, "--budget", 9_000, "-q"))
@@ -216,6 +222,7 @@ def test_without_completions_it_says_what_it_could_not_measure(
     assert told["judged"] is None and told["selection_losses"] == {}
 
 
+@pytest.mark.slow
 def test_few_examples_are_cross_validated(world: World, tmp_path: Path) -> None:
     data = tmp_path / "few.jsonl"
     data.write_text("".join(world.helped.read_text().splitlines(keepends=True)[:20]))

@@ -118,6 +118,7 @@ def test_the_conversion_benchmark_runs(tmp_path: Path) -> None:
     assert "| smollm2-135m | 2 |" in adapter_results.report([told])
 
 
+@pytest.mark.slow
 def test_the_gradient_benchmark_makes_adapters_of_its_base(
     made: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,7 +37,7 @@ def nearest(built: Built, n: int) -> list[str]:
     return sorted(sorted(built.distances, key=lambda name: built.distances[name])[:n])
 
 
-@pytest.mark.parametrize("refine", ["forward", "auto"])
+@pytest.mark.parametrize("refine", [pytest.param("forward", marks=pytest.mark.slow), "auto"])
 def test_the_nearest_take_part_and_a_repeated_build_knows_them(
     world: World, model: Model, out: Path, decoded: list[int], refine: str
 ) -> None:
@@ -76,6 +76,7 @@ def test_without_signatures_nothing_is_left_out_and_that_is_said(
     assert "no signature tells which are nearest" in told and len(built.losses_alone) == 4
 
 
+@pytest.mark.slow
 def test_a_person_s_own_budget_and_enough_time_leave_all(
     world: World, model: Model, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
