@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from edgelora.build.pace import measure_speed
 from edgelora.build.proposals import count_candidates
 from edgelora.build.trials import TRIES_A_CANDIDATE
-from edgelora.build.work import MAX_SHOWN, Work
+from edgelora.build.work import Work
 from edgelora.engine.score import TokenisedExample, count_tokens
 
 # More examples than this cost more than they tell; a sample is drawn by the seed.
 MAX_EXAMPLES = 64
-# Examples that other candidates are tried on: fewer where that leaves the descent more passes.
-SHOWN = (MAX_SHOWN, 16, 8)
 
 
 def sampled(

@@ -13,6 +13,7 @@ from edgelora.build.gradients import (
     count_first_pass,
     open_decoder_and_adapters,
     threads,
+    timed_step,
 )
 from edgelora.build.pace import fit_comparisons, measure_speed, seconds_of_passes
 from edgelora.build.records import AUTO
@@ -20,7 +21,6 @@ from edgelora.build.work import Parts, Work, count_reserved_tokens
 from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile
 from edgelora.gradient.decoder import PassOptions
-from edgelora.gradient.descent import DescentOptions
 
 _BLOCKS_TIMED = 4
 
@@ -97,8 +97,9 @@ def measure_gradients(work: Work, opened: Opened, texts: Sequence[TokenisedExamp
     Adapters cost some time more: what is planned is measured with them, on a whole step.
     """
     decoder, times = opened.decoder, []
-    step = sorted(texts, key=lambda text: text.n_tokens)[: DescentOptions().batch_size]
-    work.spend(decoder.count_rows(step, PassOptions()), "a test of speed")
+    step = timed_step(texts)
+    n_rows = decoder.count_rows(step, PassOptions())
+    work.spend(n_rows, "a test of speed")
 
     def stop(_n_blocks: int) -> None:
         times.append(time.perf_counter())
@@ -110,7 +111,7 @@ def measure_gradients(work: Work, opened: Opened, texts: Sequence[TokenisedExamp
     if len(times) < 2:
         return math.inf  # a single block takes no time
     each = (times[-1] - times[0]) / (len(times) - 1)
-    return decoder.count_rows(step, PassOptions()) / (each * work.model.base.n_layer)
+    return n_rows / (each * work.model.base.n_layer)
 
 
 class _Enough(Exception):

@@ -14,9 +14,9 @@ import numpy as np
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
-from edgelora.build.allowance import SHOWN, Allowance, count_others, sampled
+from edgelora.build.allowance import Allowance, count_others, sampled
 from edgelora.build.records import GradientPlan, Options
-from edgelora.build.work import MAX_SHOWN, Parts, Work
+from edgelora.build.work import SHOWN, Parts, Work
 from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile
 from edgelora.gradient import layers
@@ -123,9 +123,10 @@ def open_gradients(
     speed = _test_speed(work, decoder, texts, files, passes)
     allowed = Allowance(work, examples, seconds, speed)
     n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
+    costs = _costs(decoder, examples, descent, passes) if descent else (0, 0)
     if descent is not None and not is_crossed:
-        work.n_shown = _fit_shown(decoder, examples, descent, passes, allowed, n_polish)
-    descent, n_descent = _reserve(work, decoder, examples, descent, n_polish, passes, allowed)
+        work.n_shown = _fit_shown(descent, costs, n_polish, allowed)
+    descent, n_descent = _reserve(work, descent, costs, n_polish, allowed)
     work.gradient = GradientPlan(
         n_examples=len(examples),
         n_rows=decoder.count_rows(texts, passes),
@@ -190,8 +191,13 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     descent, polish = DescentOptions(seed=options.seed), PolishOptions(n_passes=options.polish)
     fixed, each = _costs(opened.decoder, examples, descent, PassOptions())
     n_polish = count_polish_tokens(opened.decoder, examples, polish)
-    least = MAX_SHOWN if parts.is_crossed else SHOWN[-1]
+    least = SHOWN[0 if parts.is_crossed else -1]
     return fixed + each + n_polish, count_others(work, examples, least)
+
+
+def timed_step(texts: Sequence[TokenisedExample]) -> list[TokenisedExample]:
+    """The step of a descent that tests of speed take: of the shortest texts."""
+    return sorted(texts, key=lambda text: text.n_tokens)[: DescentOptions().batch_size]
 
 
 def _texts(
@@ -213,14 +219,15 @@ def _descent_options(options: Options, has_completions: bool) -> DescentOptions 
 
 def _reserve(
     work: Work,
-    decoder: Decoder,
-    examples: list[TokenisedExample],
     descent: DescentOptions | None,
+    costs: tuple[int, int],
     n_polish: int,
-    passes: PassOptions,
     allowed: Allowance,
 ) -> tuple[DescentOptions | None, int]:
     """Set tokens aside for as many passes as budget and time allow, and as were asked for.
+
+    Args:
+        costs: see _costs.
 
     Returns:
         The descent with these passes, and the tokens that it and the ranking take.
@@ -228,7 +235,7 @@ def _reserve(
     if descent is None:
         work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
         return None, 0
-    fixed, each = _costs(decoder, examples, descent, passes)
+    fixed, each = costs
     spare, why = allowed.with_others_on(work.n_shown)
     n_passes = max(1, min(descent.n_passes, (spare - n_polish - fixed) // each))
     work.spend(
@@ -245,15 +252,10 @@ def _reserve(
 
 
 def _fit_shown(
-    decoder: Decoder,
-    examples: list[TokenisedExample],
-    descent: DescentOptions,
-    passes: PassOptions,
-    allowed: Allowance,
-    n_polish: int,
+    descent: DescentOptions, costs: tuple[int, int], n_polish: int, allowed: Allowance
 ) -> int:
     """On how many examples candidates are tried, so that the descent has some passes, or all."""
-    fixed, each = _costs(decoder, examples, descent, passes)
+    fixed, each = costs
     needed = n_polish + fixed + min(descent.n_passes, _PASSES_WORTH_IT) * each
     fitting = (n for n in SHOWN if needed <= allowed.with_others_on(n)[0])
     return next(fitting, SHOWN[-1])
@@ -286,7 +288,7 @@ def _test_speed(
     used = list(files[:MAX_SOURCES] if is_many else files[:2])
     names = {name for file in used for name in file.plan}
     at = Combined(used, dict.fromkeys(names, [1 / len(used)] * len(used)))
-    step = sorted(texts, key=lambda text: text.n_tokens)[: DescentOptions().batch_size]
+    step = timed_step(texts)
     n_tokens = GRADIENT_COST * decoder.count_rows(step, passes)
     work.spend(n_tokens, "a test of speed")
     work.listener.progress("testing the speed of gradients", 0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -34,7 +35,8 @@ def narrow_to_time(work: Work, split: Split, parts: Parts) -> Nearness | None:
     needed_s = estimate_merges(work, parts)
     if needed_s <= _SHARE_FOR_MERGES * limit_s:
         return None
-    takes = f"combinations of all {k} adapters take about {needed_s / 60:.0f} min of " + (
+    takes = (
+        f"combinations of all {k} adapters take about {needed_s / 60:.0f} min of "
         f"{limit_s / 60:.0f} (--budget allows more)"
     )
     if not pool.signed:
@@ -50,4 +52,4 @@ def narrow_to_time(work: Work, split: Split, parts: Parts) -> Nearness | None:
     kept = np.sort(np.argsort(nearness.distances, kind="stable")[:n_kept]).tolist()
     work.pool, work.merge_s = pool.only(kept), math.nan
     work.warn(f"{takes}: the {n_kept} nearest take part")
-    return Nearness(nearness.distance, nearness.target, nearness.distances[kept])
+    return replace(nearness, distances=nearness.distances[kept])

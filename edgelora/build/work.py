@@ -21,8 +21,9 @@ from edgelora.errors import EdgeLoRAError
 
 # Of a build whose time is short, that come to the comparison with the base.
 MOST_COMPARED = 3
-# Examples that other candidates are tried on beside gradients, at most.
-MAX_SHOWN = 24
+# Examples that other candidates are tried on beside gradients: enough for a scale, and fewer where
+# that leaves the descent more passes.
+SHOWN = (24, 16, 8)
 UNTOUCHED, OPTIMISTIC = "untouched", "selection part, optimistic"
 
 
@@ -68,7 +69,7 @@ class Work:
     gradient: GradientPlan | None = None
     is_cut: bool = False
     was_interrupted: bool = False
-    n_shown: int = MAX_SHOWN
+    n_shown: int = SHOWN[0]
     merge_s: float = math.nan
     tokens_per_s: float = math.nan
     warnings: list[str] = field(default_factory=list)
