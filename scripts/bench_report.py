@@ -27,7 +27,7 @@ import suggest_benchmark.report as suggestions
 from gradient_quality.measuring import read_results as read_gradients
 from operators_benchmark.results import as_gradient_rows
 from operators_benchmark.results import read_results as read_operators
-from result_lines import newest, read_lines
+from result_lines import markdown_table, newest, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "serve.jsonl"
@@ -132,7 +132,7 @@ def _types(row: Measured) -> str:
         [t["file_type"], f"{t['size_bytes'] / 1e9:.2f}", f"{t['prompt']:.1f}", f"{t['decode']:.1f}"]
         for t in row["types"]
     ]
-    return f"{what}\n\n{_table(['type', 'GB', 'prompt, tokens a second', 'answer'], lines)}"
+    return f"{what}\n\n{markdown_table(['type', 'GB', 'prompt, tokens a second', 'answer'], lines)}"
 
 
 def _parallel(row: Measured) -> str:
@@ -219,10 +219,10 @@ def _section(
         f"{row['cpu']}, {row['n_threads']} threads, {row['when']}, commit {row['commit']}, "
         f"llama-cpp-python {row['llama_cpp_python']}, medians of {row['rounds']} rounds"
     )
-    parts = [f"**{row['model']}**, {title}.", machine + ".", _table(head, lines)]
+    parts = [f"**{row['model']}**, {title}.", machine + ".", markdown_table(head, lines)]
     parts += [after] if after else []
     return "\n\n".join(
-        [*parts, _table(["of ours", "is", "bound", ""], map(_bound, row["targets"]))]
+        [*parts, markdown_table(["of ours", "is", "bound", ""], map(_bound, row["targets"]))]
     )
 
 
@@ -231,11 +231,6 @@ def _bound(bound: Measured) -> Sequence[str]:
     words += [f"at most {bound['most']:g}"] if bound["most"] is not None else []
     verdict = ("met" if bound["met"] else "**missed**") if words else ""
     return [bound["name"], f"{bound['value']:.3g}", ", ".join(words), verdict]
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rule = ["---"] * len(head)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
 def _adapter(system: Measured) -> str:

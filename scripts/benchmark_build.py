@@ -25,7 +25,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -78,10 +77,6 @@ def _first(bed: Bed) -> Row:
     return _build(bed) | limits
 
 
-def _again(bed: Bed) -> Row:
-    return _build(bed)
-
-
 def _forward(bed: Bed) -> Row:
     return _build(bed, "--low-ram", "--refine", "forward", "--budget", SMALL_BUDGET, "--anew")
 
@@ -94,40 +89,29 @@ def _gradient(bed: Bed) -> Row:
 def _build(bed: Bed, *more: str) -> Row:
     out = bed.folder / "adapter.gguf"
     words = ("build", "--base", bed.base, "--bank", bed.bank, "--data", bed.data, "--out", out)
-    run = command(*words, "--force", "--json", *more)
-    told = json.loads(run.pop("stdout"))
+    run, stdout = command(*words, "--force", "--json", *more)
+    told = json.loads(stdout)
     kept = ("chosen", "n_tokens", "elapsed_s", "stages_s", "planned", "rank", "warnings")
     return run | {name: told[name] for name in kept} | {"options": list(more)}
 
 
-def _convert(bed: Bed) -> Row:
-    return _add(bed)
+def _embed(bed: Bed, *more: str) -> Row:
+    return _convert(bed, "--data", str(bed.data), *more)
 
 
-def _embed(bed: Bed) -> Row:
-    return _add(bed, "--data", str(bed.data))
-
-
-def _embed_low_ram(bed: Bed) -> Row:
-    return _add(bed, "--data", str(bed.data), "--low-ram")
-
-
-def _add(bed: Bed, *more: str) -> Row:
-    bank = bed.folder / f"bank-{len(more)}"
-    run = command("bank", "add", bed.peft, "--bank", bank, "--base", bed.base, *more)
-    del run["stdout"]
-    return run
+def _convert(bed: Bed, *more: str) -> Row:
+    """Into a bank of its own."""
+    bank = Path(tempfile.mkdtemp(dir=bed.folder))
+    return command("bank", "add", bed.peft, "--bank", bank, "--base", bed.base, *more)[0]
 
 
 def _list(bed: Bed) -> Row:
-    run = command("bank", "ls", "--bank", bed.bank, "--json")
-    return run | {"n_adapters": len(json.loads(run.pop("stdout"))["adapters"])}
+    run, stdout = command("bank", "ls", "--bank", bed.bank, "--json")
+    return run | {"n_adapters": len(json.loads(stdout)["adapters"])}
 
 
 def _suggest(bed: Bed) -> Row:
-    run = command("suggest", "--data", bed.data, "--json")
-    del run["stdout"]
-    return run
+    return command("suggest", "--data", bed.data, "--json")[0]
 
 
 def _serve(bed: Bed) -> Row:
@@ -152,20 +136,20 @@ def _serve(bed: Bed) -> Row:
 
 PARTS: dict[str, Callable[[Bed], Row]] = {
     "first": _first,
-    "again": _again,
+    "again": _build,
     "forward": _forward,
     "gradient": _gradient,
     "convert": _convert,
     "embed": _embed,
-    "embed-low-ram": _embed_low_ram,
+    "embed-low-ram": lambda bed: _embed(bed, "--low-ram"),
     "ls": _list,
     "suggest": _suggest,
     "serve": _serve,
 }
 
 
-def command(*words: str | Path) -> dict[str, Any]:
-    """Run `edgelora WORDS` of this checkout; seconds, peak memory in MB, stdout.
+def command(*words: str | Path) -> tuple[Row, str]:
+    """Run `edgelora WORDS` of this checkout; its seconds and peak memory in MB, and its stdout.
 
     Raises:
         SystemExit: it failed.
@@ -178,14 +162,14 @@ def command(*words: str | Path) -> dict[str, Any]:
             raise SystemExit(f"edgelora {' '.join(map(str, words))}: exit {child.returncode}")
         seconds = time.monotonic() - started
         stdout.seek(0)
-        return {"seconds": seconds, "peak_mb": peak / 1e6, "stdout": stdout.read()}
+        return {"seconds": seconds, "peak_mb": peak / 1e6}, stdout.read()
 
 
 def prompt_rate(base: Path) -> float:
-    """Tokens a second of llama.cpp reading a prompt of N_PROMPT, no logits, the best of two."""
+    """Tokens a second of a prompt of N_PROMPT by llama.cpp, one row of logits, best of three."""
     best = 0.0
     with open_model(base, ModelOptions()) as model, open_context(model) as context:
-        for _ in range(3):  # the first also repacks and warms up
+        for _ in range(3):
             context.clear()
             started = time.perf_counter()
             context.decode([Token(5, i, 0, output=i == N_PROMPT - 1) for i in range(N_PROMPT)])

@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 
 from adapter_benchmark.scoring import Options, measure_scoring, read_texts
+from adapter_benchmark.scoring_report import RESULTS
 from result_lines import append_line
 from serve_benchmark.facts import BANK, ROOT, SMALL, machine, say
 
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ctx", type=int, default=1024, help="tokens of a context")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=ROOT / "results" / "score.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     base = resolve(options.base)
     adapters = sorted(options.bank.glob("*.gguf"))[: options.adapters]

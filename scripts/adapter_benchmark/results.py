@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from result_lines import Row, append_line, newest
+from result_lines import Row, append_line, markdown_table, newest
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "adapters.jsonl"
 
@@ -34,8 +34,7 @@ def report(rows: Sequence[Row]) -> str:
     for part, head, line in (("convert", CONVERT, _convert), ("merge", MERGE, _merge)):
         lines = [line(row) for row in rows if row["part"] == part]
         if lines:
-            cells = [head, ["---"] * len(head), *lines]
-            parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
+            parts.append(markdown_table(head, lines))
     return "\n\n".join(parts) or "Not measured yet."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from result_lines import Row
+from result_lines import Row, markdown_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "score.jsonl"
 FLOOR = 5.0  # times as fast
@@ -51,15 +51,15 @@ def score_table(row: Row) -> str:
     )
     head = ["system", "s", "CPU s", "of these s loading", "forward passes, s"]
     return "\n\n".join(
-        [what, _table(head, systems), _table(["theirs / ours", "is", "bound"], ratios), same]
+        [
+            what,
+            markdown_table(head, systems),
+            markdown_table(["theirs / ours", "is", "bound"], ratios),
+            same,
+        ]
     )
 
 
 def _cells(total_s: float, cpu_s: float, loading_s: float) -> list[str]:
     share = loading_s / total_s
     return [f"{total_s:.1f}", f"{cpu_s:.1f}", f"{loading_s:.2f} ({share:.1%})"]
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = (head, ["---"] * len(head), *lines)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

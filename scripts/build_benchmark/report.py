@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from result_lines import Row, newest
+from result_lines import Row, markdown_table, newest
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "build.jsonl"
 # part: what the command is, seconds and MB at most (None: no bound).
@@ -35,17 +35,14 @@ def report(rows: Sequence[Row]) -> str:
         return "Not measured yet."
     order = list(COMMANDS)
     rows = sorted(rows, key=lambda row: (row["shape"], row["type"], order.index(row["part"])))
-    lines = ["| command | s | at most | MB | at most |", "|---|---:|---|---:|---|"]
-    lines += [_command(row) for row in rows]
-    builds = [_stages(row) for row in rows if "stages_s" in row]
-    return "\n\n".join(["\n".join(lines), *builds])
+    table = markdown_table(["command", "s", "at most", "MB", "at most"], map(_command, rows))
+    return "\n\n".join([table, *(_stages(row) for row in rows if "stages_s" in row)])
 
 
-def _command(row: Row) -> str:
+def _command(row: Row) -> list[str]:
     name, seconds, size_mb = COMMANDS[row["part"]]
-    cells = [name, f"{row['seconds']:.1f}", _bound(row["seconds"], seconds),
-             f"{row['peak_mb']:.0f}", _bound(row["peak_mb"], size_mb)]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return [name, f"{row['seconds']:.1f}", _bound(row["seconds"], seconds),
+            f"{row['peak_mb']:.0f}", _bound(row["peak_mb"], size_mb)]  # fmt: skip
 
 
 def _bound(value: float, bound: float | None) -> str:

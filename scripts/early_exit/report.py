@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from result_lines import markdown_table
+
 from early_exit.quality import TARGETS, WAYS
 from early_exit.speed import FLOOR, REFERENCE
 
@@ -53,7 +55,7 @@ def quality_table(row: Row) -> str:
         f"{row['n_tasks']} datasets, {row['n_known']} lines each ({row['when']}, commit "
         f"{row['commit']})."
     )
-    return f"{what}\n\n{_table(head, lines)}"
+    return f"{what}\n\n{markdown_table(head, lines)}"
 
 
 def speed_table(row: Row) -> str:
@@ -89,13 +91,8 @@ def speed_table(row: Row) -> str:
         f"theirs, median of the rounds: {row['of_theirs_median']:.2f}; the vectors differ by "
         f"{row['difference']:.1e} of their length."
     )
-    return f"{what}\n\n{_table(head, lines)}"
+    return f"{what}\n\n{markdown_table(head, lines)}"
 
 
 def _cell(cell: Row) -> str:
     return f"{cell['mrr']:.2f} ({cell['top1']:.2f} / {cell['top5']:.2f})"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = (head, ["---"] * len(head), *lines)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)

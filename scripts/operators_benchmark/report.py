@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from result_lines import Row
+from result_lines import Row, markdown_table
 
 from edgelora.leave_one_out.shares import Recovered
 from operators_benchmark.pictures import PICTURES, has_material
@@ -73,7 +73,7 @@ def _arms_of(table: Table) -> str:
     n_seeds = len({row["seed"] for by in table.arms["base"].values() for row in by})
     title = (f"**{table.bed}**, leave one source out, {table.labels} labels, {len(table.tasks)} "
              f"tasks, {n_seeds} seed(s).")  # fmt: skip
-    return f"{title}\n\n{_markdown(head, lines, 1)}"
+    return f"{title}\n\n{markdown_table(head, lines, 1)}"
 
 
 def _arm_line(table: Table, arm: str) -> list[str]:
@@ -117,7 +117,7 @@ def _differences(found: Sequence[Table]) -> str:
         lines = [_pair_line(table, *p) for p in pairs if all(table.of(arm) for arm in p)]
         if lines:
             head = ["arm", "beside", "recovered loss", "exact match", "ROUGE-L"]
-            parts.append(f"**{table.bed}**\n\n{_markdown(head, lines, 2)}")
+            parts.append(f"**{table.bed}**\n\n{markdown_table(head, lines, 2)}")
     return "\n\n".join(parts)
 
 
@@ -150,7 +150,7 @@ def _categories(found: Sequence[Table]) -> str:
             for name, tasks in sorted(by_category.items())
         ]
         if lines and arms:
-            head = _markdown(["category", "tasks", *arms], lines, 1)
+            head = markdown_table(["category", "tasks", *arms], lines, 1)
             parts.append(f"**{table.bed}**\n\n{head}")
     return "\n\n".join(parts)
 
@@ -191,7 +191,7 @@ def _crossed(found: Sequence[Table], what: str, column_of: Callable[[Table], str
                   and any(t.of(a) for t in others)]  # fmt: skip
         lines = [[arm, *(_crossing(table, arm) for _, table in there)] for arm in wanted]
         head = ["arm", *(f"{what} {column}" for column, _ in there)]
-        parts.append(f"**{bed}**\n\n{_markdown(head, lines, 1)}")
+        parts.append(f"**{bed}**\n\n{markdown_table(head, lines, 1)}")
     return "\n\n".join(parts)
 
 
@@ -216,7 +216,7 @@ def _merges(found: Sequence[Table]) -> str:
                 numbers = [_number(table.mean(arm, key), "{:.3g}") for key in keys]
                 told = _interval((share.low, share.ratio, share.high))
                 lines.append([table.bed, arm, str(share.n_tasks), told, *numbers])
-    return _markdown(head, lines, 2) if lines else ""
+    return markdown_table(head, lines, 2) if lines else ""
 
 
 def _paper(found: Sequence[Table]) -> str:
@@ -232,7 +232,7 @@ def _paper(found: Sequence[Table]) -> str:
         if lines:
             head = ["arm", "subsequence", "ROUGE-L", "ROUGE-Lsum", "MSE of factors",
                     "MSE of updates"]  # fmt: skip
-            parts.append(f"**{table.bed}**\n\n{_markdown(head, lines, 1)}")
+            parts.append(f"**{table.bed}**\n\n{markdown_table(head, lines, 1)}")
     return "\n\n".join(parts)
 
 
@@ -258,11 +258,6 @@ _SECTIONS: dict[str, Callable[[Sequence[Table]], str]] = {
     "merges": _merges,
     "paper": _paper,
 }
-
-
-def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]], n_words: int) -> str:
-    rule = ["---"] * n_words + ["---:"] * (len(head) - n_words)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
 def _interval(values: tuple[float, float, float], form: str = "{:.3f}") -> str:
