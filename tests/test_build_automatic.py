@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_gradients_where_they_can_be_had(
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (replace(AUTO, budget_tokens=8_000), r"one pass of gradients and its comparisons take"),
+        (replace(AUTO, budget_tokens=4_000), r"one pass of gradients and its comparisons take"),
         (replace(AUTO, combine="linear"), "linear averages factors"),
         (replace(AUTO, limit_s=600.0), r"and its comparisons would take about \d+ min of 10"),
     ],
@@ -84,6 +85,36 @@ def test_losses_of_forward_passes_where_gradients_cannot_be_had_and_why(
     assert plans[0].merge_s == pace.count_merges(7, is_crossed=False)  # of the seven it has now
     (told,) = [message for message in built.warnings if INSTEAD in message]
     assert re.search(why, told)
+
+
+@pytest.mark.parametrize(
+    ("n_lines", "n_kept", "options"),
+    [
+        (32, 8, replace(AUTO, budget_tokens=8_000)),
+        (20, 16, replace(AUTO, limit_s=600.0)),
+        (20, 8, replace(AUTO, limit_s=600.0)),
+    ],
+)
+def test_gradients_learn_from_fewer_examples_where_all_take_too_long(
+    n_lines: int, n_kept: int, options: Options, world: World, model: Model, out: Path,
+    plans: list[Plan], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With 20 lines candidates are cross-validated, on no more than gradients learn from."""
+    speed = {16: 6.0, 8: 3.5}[n_kept] if n_lines == 20 else math.inf
+    monkeypatch.setattr(automatic, "_time_blocks", lambda *arguments: speed)
+    monkeypatch.setattr(gradients, "_test_speed", lambda *arguments: speed)
+    data = read_dataset(world.helped)
+    data = replace(data, examples=data.examples[:n_lines])
+    used = model_template(model)
+    built = build(model, open_bank(world.bank), data, used, out, options, Listener(plans.append))
+    (plan,), n_examples = plans, min(n_lines, 20 if n_lines < 24 else 16)
+    assert built.refined is not None and built.refined.n_examples == n_kept
+    assert plan.gradient is not None and plan.gradient.n_examples == n_kept
+    told = f"gradients learn from {n_kept} of {n_examples} examples"
+    assert sum(told in message for message in built.warnings) == 1
+    if n_lines < 24:
+        assert built.judgement is not None and built.judgement.n_examples == n_kept
+        assert plan.n_support == n_kept
 
 
 def test_a_base_without_known_gradients_is_named(
@@ -117,7 +148,7 @@ def test_an_objective_is_one_of_gradients(
     assert built.refined is not None and built.refined.objective == "prompts"
 
 
-@pytest.mark.parametrize(("tokens_per_s", "n_passes"), [(10.0**6, 9), (25.0, 4), (0.1, 1)])
+@pytest.mark.parametrize(("tokens_per_s", "n_passes"), [(10.0**6, 9), (25.0, 5), (0.1, 1)])
 def test_time_allows_fewer_passes_and_one_at_least(
     tokens_per_s: float, n_passes: int, world: World, model: Model, out: Path, plans: list[Plan],
     monkeypatch: pytest.MonkeyPatch,

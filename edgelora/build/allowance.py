@@ -28,6 +28,11 @@ def sampled(
     return [examples[i] for i in chosen]
 
 
+def learned_of(work: Work, examples: Sequence[TokenisedExample]) -> list[TokenisedExample]:
+    """The examples that gradients learn from."""
+    return sampled(examples, work.options.seed, most=work.n_learned)
+
+
 def shown_of(work: Work, examples: Sequence[TokenisedExample]) -> list[TokenisedExample]:
     """The examples that candidates are tried on beside gradients: all that there are, if few."""
     return _shown(work, examples, work.n_shown)
@@ -36,8 +41,7 @@ def shown_of(work: Work, examples: Sequence[TokenisedExample]) -> list[Tokenised
 def _shown(
     work: Work, examples: Sequence[TokenisedExample], n_shown: int
 ) -> list[TokenisedExample]:
-    seed = work.options.seed
-    return sampled(sampled(examples, seed), seed, most=n_shown)
+    return sampled(learned_of(work, examples), work.options.seed, most=n_shown)
 
 
 def count_others(work: Work, examples: Sequence[TokenisedExample], n_shown: int) -> int:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from edgelora.build.allowance import learned_of
 from edgelora.build.gradients import (
     Opened,
     count_first_pass,
@@ -23,14 +24,18 @@ from edgelora.errors import UnsupportedFile
 from edgelora.gradient.decoder import PassOptions
 
 _BLOCKS_TIMED = 4
+# Examples that gradients learn from where one pass over all would take too long. On the tiny bed
+# four with gradients recover more than sixteen without (docs/results.md).
+_FEWER = (32, 16, 8)
 
 
 def settle_refinement(work: Work, parts: Parts | None) -> Opened | None:
     """Put what `refine="auto"` comes to in `work.options`; any other stays.
 
     One pass of gradients tells more than as many forward passes (docs/gradient.md), so they are
-    taken unless another operator than auto is asked for, nothing measures losses, or one pass would
-    not fit the budget or the time. What a person may not expect is told.
+    taken unless another operator than auto is asked for, nothing measures losses, or one pass over
+    a few of the examples would not fit the budget or the time. What a person may not expect is
+    told.
 
     Args:
         parts: None without completions.
@@ -55,10 +60,25 @@ def settle_refinement(work: Work, parts: Parts | None) -> Opened | None:
     except UnsupportedFile as error:
         _fall_back(work, error.what)
         return None
-    if shortage := _find_shortage(work, parts, opened):
-        _fall_back(work, shortage)
-        return None
-    return opened
+    shortage = _find_shortage(work, parts, opened)
+    if not shortage or _fits_fewer(work, parts, opened, shortage):
+        return opened
+    _fall_back(work, shortage)
+    return None
+
+
+def _fits_fewer(work: Work, parts: Parts, opened: Opened, shortage: str) -> bool:
+    """Whether gradients that learn from fewer examples do not lack anything."""
+    n_examples = len(learned_of(work, parts.support))
+    for n_fewer in _FEWER:
+        if n_fewer >= n_examples:
+            continue
+        work.n_learned = n_fewer
+        if not _find_shortage(work, parts, opened):
+            work.warn(f"{shortage}: gradients learn from {n_fewer} of {n_examples} examples")
+            return True
+    work.n_learned = None
+    return False
 
 
 def _fall_back(work: Work, why: str) -> None:
@@ -69,8 +89,9 @@ def _fall_back(work: Work, why: str) -> None:
 
 def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
     """What a descent of one pass lacks, in words; "" if nothing."""
-    n_gradient, n_forward = count_first_pass(work, opened, parts)
-    n_forward += count_reserved_tokens(work, fit_comparisons(work, parts))
+    fitted = fit_comparisons(work, parts)
+    n_gradient, n_forward = count_first_pass(work, opened, fitted)
+    n_forward += count_reserved_tokens(work, fitted)
     n_tokens = n_gradient + n_forward
     if n_tokens > work.budget.left:
         return (
@@ -94,8 +115,15 @@ def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
 def measure_gradients(work: Work, opened: Opened, texts: Sequence[TokenisedExample]) -> float:
     """Forward-equivalent tokens a second of one step, from a few blocks of its forward.
 
-    Adapters cost some time more: what is planned is measured with them, on a whole step.
+    Adapters cost some time more: what is planned is measured with them, on a whole step. It is
+    measured once in a build.
     """
+    if math.isnan(work.gradients_per_s):
+        work.gradients_per_s = _time_blocks(work, opened, texts)
+    return work.gradients_per_s
+
+
+def _time_blocks(work: Work, opened: Opened, texts: Sequence[TokenisedExample]) -> float:
     decoder, times = opened.decoder, []
     step = timed_step(texts)
     n_rows = decoder.count_rows(step, PassOptions())

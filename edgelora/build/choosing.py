@@ -100,28 +100,37 @@ def cross_score(
 ) -> list[Score]:
     """Scores of the examples, each under the coefficients that were found without its fold."""
     scores: dict[int, Score] = {}
-    for positions, other in _without_each_fold(trial, examples, paths, folder):
+    for positions, other in without_each_fold(trial, examples, paths, folder):
         found = score_trial(context, other, [examples[i] for i in positions])
         scores.update(zip(positions, found, strict=True))
         if other is not None and other.path != trial.path:
             release(context, other.path)
-            if other.path.parent == folder:
-                other.path.unlink()
     return [scores[i] for i in range(len(examples))]
 
 
-def _without_each_fold(
+def without_each_fold(
     trial: Trial, examples: Sequence[TokenisedExample], paths: Sequence[Path], folder: Path
 ) -> Iterator[tuple[list[int], Trial | None]]:
-    """Positions of examples, and what was found without them; None adds nothing to the base."""
+    """Positions of examples, and what was found without them; None adds nothing to the base.
+
+    What is combined for a fold is a file of `folder` until the next one is asked for.
+    """
     for held_out in trial.held_out:
-        yield list(held_out.positions), replace(trial, path=held_out.path)
+        path = held_out.path
+        yield list(held_out.positions), replace(trial, path=path) if path else None
     if trial.held_out:
         return
     folds = assign_folds(examples)
     for fold, weights in zip(np.unique(folds), trial.folds, strict=True):
-        other = _rescaled(trial, weights) or make_trial(f"fold {fold}", weights, paths, folder)
-        yield np.flatnonzero(folds == fold).tolist(), other if weights.any() else None
+        positions = np.flatnonzero(folds == fold).tolist()
+        if not weights.any():
+            yield positions, None
+            continue
+        rescaled = _rescaled(trial, weights)
+        other = rescaled or make_trial(f"fold {fold}", weights, paths, folder)
+        yield positions, other
+        if rescaled is None and other.path.parent == folder:
+            other.path.unlink()
 
 
 def _rescaled(trial: Trial, weights: NDArray[np.float64]) -> Trial | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.build.proposals import ACTIVATED, NONE, WARM_STARTS, Measured
+from edgelora.build.proposals import ACTIVATED, WARM_STARTS, Measured
 from edgelora.build.records import Options
 from edgelora.engine.hidden import CompletionStates
 from edgelora.engine.score import TokenisedExample, count_tokens
@@ -19,11 +19,11 @@ _UNCROSSED = frozenset(WARM_STARTS) - {"relinearised"} | frozenset(ACTIVATED)
 
 
 def is_crossed(options: Options) -> bool:
-    """Whether all candidates of a build can be fitted again without a fold, at no more passes.
+    """Whether all candidates of a build can be found again without a fold.
 
-    Descents on coefficients can: each of their folds has not seen some of the examples.
+    At no more passes, but for trained factors: these are trained anew without each fold.
     """
-    return not options.polish and options.operator not in (NONE, *_UNCROSSED)
+    return options.operator not in _UNCROSSED
 
 
 def assign_folds(examples: Sequence[TokenisedExample], n_folds: int = N_FOLDS) -> NDArray[np.int64]:

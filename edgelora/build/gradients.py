@@ -14,7 +14,8 @@ import numpy as np
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
-from edgelora.build.allowance import Allowance, count_others, sampled
+from edgelora.build.allowance import Allowance, count_others, learned_of
+from edgelora.build.crossing import assign_folds, part_of
 from edgelora.build.records import GradientPlan, Options
 from edgelora.build.work import SHOWN, Parts, Work
 from edgelora.engine.score import TokenisedExample
@@ -55,6 +56,8 @@ class Gradients:
         descent: None without `--refine gradient`; polish: None without `--polish`.
         n_descent_tokens, n_polish_tokens: what the budget has set aside for ranking and descent,
             and for training.
+        is_ranked: whether the bank is ranked before the descent: where not all of it takes part,
+            or where that costs no pass.
     """
 
     decoder: Decoder
@@ -65,6 +68,7 @@ class Gradients:
     polish: PolishOptions | None
     n_descent_tokens: int
     n_polish_tokens: int
+    is_ranked: bool
 
     @property
     def measured_passes(self) -> PassOptions:
@@ -115,18 +119,23 @@ def open_gradients(
         work, "Use --refine forward without --polish: it needs no gradients."
     )
     decoder, files = opened.decoder, opened.adapters
-    examples = sampled(support, options.seed)
+    examples = learned_of(work, support)
     descent = _descent_options(options, has_completions)
     polish = PolishOptions(n_passes=options.polish, seed=options.seed) if options.polish else None
     texts = _texts(examples, descent)
     memory, passes = _memory(work, decoder, texts, files, scratch)
     speed = _test_speed(work, decoder, texts, files, passes)
     allowed = Allowance(work, examples, seconds, speed)
-    n_polish = count_polish_tokens(decoder, examples, polish, passes) if polish else 0
-    costs = _costs(decoder, examples, descent, passes) if descent else (0, 0)
-    if descent is not None and not is_crossed:
-        work.n_shown = _fit_shown(descent, costs, n_polish, allowed)
-    descent, n_descent = _reserve(work, descent, costs, n_polish, allowed)
+    n_polish = _count_polish(decoder, examples, polish, passes, is_crossed) if polish else 0
+    n_descent, is_ranked = 0, False
+    if descent is None:
+        work.spend(n_polish, f"{options.polish} pass(es) on factors")
+    else:
+        costs, is_large = _costs(decoder, examples, descent, passes), len(files) > MAX_SOURCES
+        if not is_crossed:
+            work.n_shown = _fit_shown(descent, costs, n_polish, allowed, is_large)
+        descent, is_ranked = _reserve(work, descent, costs, n_polish, allowed, is_large)
+        n_descent = costs.of(descent.n_passes, is_ranked=is_ranked)
     work.gradient = GradientPlan(
         n_examples=len(examples),
         n_rows=decoder.count_rows(texts, passes),
@@ -138,7 +147,9 @@ def open_gradients(
         memory_bytes=memory,
         on_disk=passes.scratch is not None,
     )
-    return Gradients(decoder, files, examples, passes, descent, polish, n_descent, n_polish)
+    return Gradients(
+        decoder, files, examples, passes, descent, polish, n_descent, n_polish, is_ranked
+    )
 
 
 @contextlib.contextmanager
@@ -186,13 +197,13 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
 
     Comparisons are not counted.
     """
-    options, support = work.options, parts.support
-    examples = sampled(support, options.seed)
+    options, examples = work.options, learned_of(work, parts.support)
     descent, polish = DescentOptions(seed=options.seed), PolishOptions(n_passes=options.polish)
-    fixed, each = _costs(opened.decoder, examples, descent, PassOptions())
-    n_polish = count_polish_tokens(opened.decoder, examples, polish)
+    costs = _costs(opened.decoder, examples, descent, PassOptions())
+    n_descent = costs.of(1, is_ranked=len(opened.adapters) > MAX_SOURCES)
+    n_polish = _count_polish(opened.decoder, examples, polish, PassOptions(), parts.is_crossed)
     least = SHOWN[0 if parts.is_crossed else -1]
-    return fixed + each + n_polish, count_others(work, examples, least)
+    return n_descent + n_polish, count_others(work, examples, least)
 
 
 def timed_step(texts: Sequence[TokenisedExample]) -> list[TokenisedExample]:
@@ -217,46 +228,61 @@ def _descent_options(options: Options, has_completions: bool) -> DescentOptions 
     )
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """Tokens of ranking the bank, of looking at the start, and of each pass."""
+
+    ranking: int
+    start: int
+    each: int
+
+    def of(self, n_passes: int, *, is_ranked: bool) -> int:
+        """Of a descent, and of the ranking before it."""
+        return self.ranking * is_ranked + self.start + n_passes * self.each
+
+
 def _reserve(
     work: Work,
-    descent: DescentOptions | None,
-    costs: tuple[int, int],
+    descent: DescentOptions,
+    costs: _Costs,
     n_polish: int,
     allowed: Allowance,
-) -> tuple[DescentOptions | None, int]:
+    is_large: bool,
+) -> tuple[DescentOptions, bool]:
     """Set tokens aside for as many passes as budget and time allow, and as were asked for.
 
+    A bank of which all takes part is ranked only if that costs no pass.
+
     Args:
-        costs: see _costs.
+        is_large: whether not all of the bank takes part.
 
     Returns:
-        The descent with these passes, and the tokens that it and the ranking take.
+        The descent with these passes, and whether the bank is ranked.
     """
-    if descent is None:
-        work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
-        return None, 0
-    fixed, each = costs
     spare, why = allowed.with_others_on(work.n_shown)
-    n_passes = max(1, min(descent.n_passes, (spare - n_polish - fixed) // each))
+    spare -= n_polish
+    is_ranked = is_large or costs.of(descent.n_passes, is_ranked=True) <= spare
+    n_passes = (spare - costs.of(0, is_ranked=is_ranked)) // costs.each
+    n_passes = max(1, min(descent.n_passes, n_passes))
     work.spend(
-        fixed + n_passes * each + n_polish,
+        costs.of(n_passes, is_ranked=is_ranked) + n_polish,
         f"{n_passes} pass(es) of gradients on coefficients"
         + (f" and {work.options.polish} on factors" if n_polish else ""),
     )
     if n_passes < descent.n_passes:
         work.warn(
             f"{why} allows {n_passes} gradient pass(es) of {descent.n_passes}; one takes "
-            f"{each:,} tokens"
+            f"{costs.each:,} tokens"
         )
-    return replace(descent, n_passes=n_passes), fixed + n_passes * each
+    return replace(descent, n_passes=n_passes), is_ranked
 
 
 def _fit_shown(
-    descent: DescentOptions, costs: tuple[int, int], n_polish: int, allowed: Allowance
+    descent: DescentOptions, costs: _Costs, n_polish: int, allowed: Allowance, is_large: bool
 ) -> int:
     """On how many examples candidates are tried, so that the descent has some passes, or all."""
-    fixed, each = costs
-    needed = n_polish + fixed + min(descent.n_passes, _PASSES_WORTH_IT) * each
+    n_passes = min(descent.n_passes, _PASSES_WORTH_IT)
+    needed = n_polish + costs.of(n_passes, is_ranked=is_large)
     fitting = (n for n in SHOWN if needed <= allowed.with_others_on(n)[0])
     return next(fitting, SHOWN[-1])
 
@@ -266,14 +292,31 @@ def _costs(
     examples: list[TokenisedExample],
     descent: DescentOptions,
     passes: PassOptions,
-) -> tuple[int, int]:
-    """Tokens of the ranking and of looking at the start, and of each pass."""
+) -> _Costs:
     none, one = (
         count_descent_tokens(decoder, examples, replace(descent, n_passes=n), passes)
         for n in (0, 1)
     )
     ranking = GRADIENT_COST * decoder.count_rows(_texts(examples, descent), passes)
-    return none + ranking, one - none
+    return _Costs(ranking, none, one - none)
+
+
+def _count_polish(
+    decoder: Decoder,
+    examples: list[TokenisedExample],
+    polish: PolishOptions,
+    passes: PassOptions,
+    is_crossed: bool,
+) -> int:
+    """Tokens of training on all examples and, where it is cross-validated, without each fold.
+
+    The folds of a descent are fewer: then some tokens are left.
+    """
+    texts = [examples]
+    if is_crossed:
+        folds = assign_folds(examples)
+        texts += [part_of(examples, folds != fold) for fold in np.unique(folds)]
+    return sum(count_polish_tokens(decoder, part, polish, passes) for part in texts)
 
 
 def _test_speed(

@@ -74,14 +74,18 @@ def fit_comparisons(work: Work, parts: Parts) -> Parts:
     """The parts that leave half of the budget, or of what the time allows, to the search.
 
     A person with thousands of examples need not have them all compared: the longest leave, as long
-    as enough are left.
+    as enough are left. Where they are cross-validated, no more stay than gradients learn from.
     """
     allowed: float = work.budget.left
     if math.isfinite(work.options.limit_s):
         speed = measure_speed(work, parts.support)
         allowed = min(allowed, speed * seconds_of_passes(work, parts))
     n_tokens = int(_SHARE_FOR_COMPARISONS * allowed)
-    return _shortened(work, parts, n_tokens, at_least=_ENOUGH_COMPARED)
+    fitted = _shortened(work, parts, n_tokens, at_least=_ENOUGH_COMPARED)
+    most = work.n_learned if parts.is_crossed else None
+    while most is not None and len(fitted.support) > most:
+        fitted = _without_longest(fitted, most)
+    return fitted
 
 
 def tell_what_left(work: Work, parts: Parts, fitted: Parts) -> None:

@@ -161,7 +161,8 @@ class Refined:
         start: the candidate that the descent began at.
         n_passes: at which it was stopped.
         support_losses, held_out_losses: see gradient.descent.Descended.
-        slopes: by adapter, of the loss along its coefficient at the base: negative is better.
+        slopes: by adapter, of the loss along its coefficient at the base: negative is better; {}
+            where the time of ranking was kept for a pass.
         n_sources: adapters that took part.
     """
 

@@ -20,7 +20,7 @@ from edgelora.build.state import State
 from edgelora.build.trials import HeldOut, Recipe, Trial
 from edgelora.build.work import Work
 from edgelora.gradient.descent import Crossed, Descended, DescentOptions, descend, rank_adapters
-from edgelora.gradient.minimise import Interrupted, Step
+from edgelora.gradient.minimise import GRADIENT_COST, Interrupted, Step
 from edgelora.operators.arbiter import Candidate
 
 Array = NDArray[np.float64]
@@ -57,8 +57,8 @@ def refine(
     options = gradients.descent
     assert options is not None
     with threads(work):
-        slopes = _rank(work, gradients)
-        positions = _sources(slopes)
+        slopes = _rank(work, gradients) if gradients.is_ranked else None
+        positions = list(range(len(gradients.adapters))) if slopes is None else _sources(slopes)
         files = [gradients.adapters[i] for i in positions]
         scaled = start.coefficients * start.scale
         found = _descend(work, gradients, options, files, scaled[positions], state)
@@ -72,7 +72,7 @@ def refine(
         n_passes=found.n_passes,
         support_losses=found.support_losses,
         held_out_losses=found.held_out_losses,
-        slopes=dict(zip(work.pool.names, slopes.tolist(), strict=True)),
+        slopes={} if slopes is None else dict(zip(work.pool.names, slopes.tolist(), strict=True)),
         n_sources=len(positions),
     )
     if found.held_out_losses and not found.n_passes:
@@ -87,11 +87,19 @@ def refine(
 
 
 class Teller:
-    """Tells the listener of a build how far steps are, and the losses of each pass."""
+    """Tells the listener of a build how far steps are, and the losses of each pass.
 
-    def __init__(self, work: Work, stage: str, n_passes: int, n_tokens: int) -> None:
+    Args:
+        n_tokens: of all descents of this stage.
+        n_before: of those that are done.
+    """
+
+    def __init__(
+        self, work: Work, stage: str, n_passes: int, n_tokens: int, *, n_before: int = 0
+    ) -> None:
         self._listener = work.listener
-        self._stage, self._n_passes, self._n_tokens = stage, n_passes, n_tokens
+        self._stage, self._n_passes = stage, n_passes
+        self._n_tokens, self._n_before = n_tokens, n_before
         self._losses: list[float] = []
 
     def __call__(self, step: Step) -> None:
@@ -112,8 +120,13 @@ class Teller:
         self._progress(self._n_tokens)
 
     def _progress(self, n_tokens: int) -> None:
-        stage = f"gradient steps on {self._stage}, tokens"
-        self._listener.progress(stage, min(n_tokens, self._n_tokens), self._n_tokens)
+        n_done = min(self._n_before + n_tokens, self._n_tokens)
+        self._listener.progress(progress_stage(self._stage), n_done, self._n_tokens)
+
+
+def progress_stage(stage: str) -> str:
+    """What progress of a stage is told of."""
+    return f"gradient steps on {stage}, tokens"
 
 
 def ask_to_keep(work: Work, stage: str, n_passes: int) -> bool:
@@ -150,8 +163,10 @@ def _descend(
     start: Array,
     state: State,
 ) -> Descended:
-    n_ranking = 3 * gradients.decoder.count_rows(gradients.objective_examples, gradients.passes)
-    n_tokens = gradients.n_descent_tokens - n_ranking
+    n_tokens = gradients.n_descent_tokens
+    if gradients.is_ranked:
+        n_rows = gradients.decoder.count_rows(gradients.objective_examples, gradients.passes)
+        n_tokens -= GRADIENT_COST * n_rows
     course = replace(options, n_passes=0)
     hashes = tuple(work.pool.hashes)
     identity = work.model.base.identity.id

@@ -344,7 +344,9 @@ def _take_steps(
         trials.append(measure_trial(context, trial, shown, work.budget))
     if gradients.polish:
         best = least_loss(trials) if trials else None
-        trial, trained = train_factors(work, gradients, best, nearness, state, folder)
+        trial, trained = train_factors(
+            work, gradients, best, nearness, state, folder, is_crossed=parts.is_crossed
+        )
         trials.append(measure_trial(context, trial, shown, work.budget))
     return _Made(refined, trained)
 

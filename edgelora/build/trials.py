@@ -71,9 +71,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A combination as a file, and the positions of the examples that it was found without."""
+    """A file, and the positions of the examples that it was found without.
 
-    path: Path
+    Attributes:
+        path: None where nothing was found: there the base stands for it.
+    """
+
+    path: Path | None
     positions: tuple[int, ...]
 
 

@@ -54,8 +54,10 @@ class Work:
         pool: what may take part, of the `whole` that the bank has (see narrowing).
         is_cut: whether time has cut the budget: then few candidates are compared.
         was_interrupted: whether gradient steps ended by Ctrl-C, with the best so far.
-        n_shown: examples that candidates are tried on beside gradients.
+        n_learned: examples that gradients learn from, at most; None: see allowance.MAX_EXAMPLES.
+        n_shown: of these, that candidates are tried on beside gradients.
         tokens_per_s: see pace.measure_speed; NaN before.
+        gradients_per_s: see automatic.measure_gradients; NaN before.
         merge_s: of one combination, see pace.measure_merge; NaN before.
     """
 
@@ -69,9 +71,11 @@ class Work:
     gradient: GradientPlan | None = None
     is_cut: bool = False
     was_interrupted: bool = False
+    n_learned: int | None = None
     n_shown: int = SHOWN[0]
     merge_s: float = math.nan
     tokens_per_s: float = math.nan
+    gradients_per_s: float = math.nan
     warnings: list[str] = field(default_factory=list)
     asked: Options = field(init=False)
     whole: Pool = field(init=False)

@@ -286,6 +286,8 @@ def _show(built: Built) -> None:
 
 def _show_ranking(built: Built, refined: Refined) -> None:
     """The bank ranked by one gradient pass, beside the ranking by distances of embeddings."""
+    if not refined.slopes:
+        return
     slopes = dict(sorted(refined.slopes.items(), key=lambda item: item[1]))
     top = list(slopes)[:_N_RANKED]
     steepest = ", ".join(f"{name} ({slopes[name]:+.2f})" for name in top)
