@@ -15,8 +15,8 @@ from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
 from edgelora.build.allowance import Allowance, count_others, learned_of
-from edgelora.build.crossing import assign_folds, part_of
 from edgelora.build.records import GradientPlan, Options
+from edgelora.build.reserving import Reserved, Reserving
 from edgelora.build.work import SHOWN, Parts, Work
 from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile
@@ -24,18 +24,17 @@ from edgelora.gradient import layers
 from edgelora.gradient.components import memory_of_directions
 from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.descent import (
+    FOLDS,
     DescentOptions,
-    count_descent_tokens,
     count_folds,
     objective_examples,
     rank_adapters,
 )
 from edgelora.gradient.minimise import GRADIENT_COST
-from edgelora.gradient.polish import PolishOptions, count_polish_tokens, fresh_pairs
+from edgelora.gradient.polish import PolishOptions, fresh_pairs
 from edgelora.gradient.updates import Combined, refuse_misfits
 from edgelora.memory import available_bytes
 
-_PASSES_WORTH_IT = 3
 # In a larger bank only so many adapters are combined, those of the steepest slope at the base: the
 # stacked factors of more would cost more than the base's own matrices.
 MAX_SOURCES = 64
@@ -53,22 +52,21 @@ class Gradients:
     Attributes:
         adapters: the pool's files.
         examples: tokenised, at most MAX_EXAMPLES of the support part.
-        descent: None without `--refine gradient`; polish: None without `--polish`.
-        n_descent_tokens, n_polish_tokens: what the budget has set aside for ranking and descent,
-            and for training.
-        is_ranked: whether the bank is ranked before the descent: where not all of it takes part,
-            or where that costs no pass.
+        polish: None without `--polish`.
+        reserved: what the budget has set aside, and the descent.
     """
 
     decoder: Decoder
     adapters: list[LoraFile]
     examples: list[TokenisedExample]
     passes: PassOptions
-    descent: DescentOptions | None
     polish: PolishOptions | None
-    n_descent_tokens: int
-    n_polish_tokens: int
-    is_ranked: bool
+    reserved: Reserved
+
+    @property
+    def descent(self) -> DescentOptions | None:
+        """None without `--refine gradient`."""
+        return self.reserved.descent
 
     @property
     def measured_passes(self) -> PassOptions:
@@ -125,31 +123,21 @@ def open_gradients(
     texts = _texts(examples, descent)
     memory, passes = _memory(work, decoder, texts, files, scratch)
     speed = _test_speed(work, decoder, texts, files, passes)
-    allowed = Allowance(work, examples, seconds, speed)
-    n_polish = _count_polish(decoder, examples, polish, passes, is_crossed) if polish else 0
-    n_descent, is_ranked = 0, False
-    if descent is None:
-        work.spend(n_polish, f"{options.polish} pass(es) on factors")
-    else:
-        costs, is_large = _costs(decoder, examples, descent, passes), len(files) > MAX_SOURCES
-        if not is_crossed:
-            work.n_shown = _fit_shown(descent, costs, n_polish, allowed, is_large)
-        descent, is_ranked = _reserve(work, descent, costs, n_polish, allowed, is_large)
-        n_descent = costs.of(descent.n_passes, is_ranked=is_ranked)
+    reserving = Reserving(decoder, examples, passes, len(files) > MAX_SOURCES, is_crossed)
+    reserved = reserving.reserve(Allowance(work, examples, seconds, speed), descent, polish)
+    descent = reserved.descent
     work.gradient = GradientPlan(
         n_examples=len(examples),
         n_rows=decoder.count_rows(texts, passes),
         n_passes=descent.n_passes if descent else 0,
         n_folds=count_folds(examples, descent) if descent else 0,
         n_polish=options.polish,
-        n_tokens=n_descent + n_polish,
+        n_tokens=reserved.n_descent_tokens + reserved.n_polish_tokens,
         tokens_per_s=speed,
         memory_bytes=memory,
         on_disk=passes.scratch is not None,
     )
-    return Gradients(
-        decoder, files, examples, passes, descent, polish, n_descent, n_polish, is_ranked
-    )
+    return Gradients(decoder, files, examples, passes, polish, reserved)
 
 
 @contextlib.contextmanager
@@ -198,12 +186,13 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     Comparisons are not counted.
     """
     options, examples = work.options, learned_of(work, parts.support)
-    descent, polish = DescentOptions(seed=options.seed), PolishOptions(n_passes=options.polish)
-    costs = _costs(opened.decoder, examples, descent, PassOptions())
-    n_descent = costs.of(1, is_ranked=len(opened.adapters) > MAX_SOURCES)
-    n_polish = _count_polish(opened.decoder, examples, polish, PassOptions(), parts.is_crossed)
-    least = SHOWN[0 if parts.is_crossed else -1]
-    return n_descent + n_polish, count_others(work, examples, least)
+    descent = DescentOptions(seed=options.seed, n_folds=FOLDS)
+    polish = PolishOptions(n_passes=options.polish)
+    is_large = len(opened.adapters) > MAX_SOURCES
+    reserving = Reserving(opened.decoder, examples, PassOptions(), is_large, parts.is_crossed)
+    n_tokens = reserving.count(descent).of(1, is_ranked=is_large)
+    n_tokens += reserving.count_polish(polish)
+    return n_tokens, count_others(work, examples, SHOWN[0 if parts.is_crossed else -1])
 
 
 def timed_step(texts: Sequence[TokenisedExample]) -> list[TokenisedExample]:
@@ -226,97 +215,6 @@ def _descent_options(options: Options, has_completions: bool) -> DescentOptions 
         seed=options.seed,
         objective=options.objective or ("loss" if has_completions else "prompts"),
     )
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """Tokens of ranking the bank, of looking at the start, and of each pass."""
-
-    ranking: int
-    start: int
-    each: int
-
-    def of(self, n_passes: int, *, is_ranked: bool) -> int:
-        """Of a descent, and of the ranking before it."""
-        return self.ranking * is_ranked + self.start + n_passes * self.each
-
-
-def _reserve(
-    work: Work,
-    descent: DescentOptions,
-    costs: _Costs,
-    n_polish: int,
-    allowed: Allowance,
-    is_large: bool,
-) -> tuple[DescentOptions, bool]:
-    """Set tokens aside for as many passes as budget and time allow, and as were asked for.
-
-    A bank of which all takes part is ranked only if that costs no pass.
-
-    Args:
-        is_large: whether not all of the bank takes part.
-
-    Returns:
-        The descent with these passes, and whether the bank is ranked.
-    """
-    spare, why = allowed.with_others_on(work.n_shown)
-    spare -= n_polish
-    is_ranked = is_large or costs.of(descent.n_passes, is_ranked=True) <= spare
-    n_passes = (spare - costs.of(0, is_ranked=is_ranked)) // costs.each
-    n_passes = max(1, min(descent.n_passes, n_passes))
-    work.spend(
-        costs.of(n_passes, is_ranked=is_ranked) + n_polish,
-        f"{n_passes} pass(es) of gradients on coefficients"
-        + (f" and {work.options.polish} on factors" if n_polish else ""),
-    )
-    if n_passes < descent.n_passes:
-        work.warn(
-            f"{why} allows {n_passes} gradient pass(es) of {descent.n_passes}; one takes "
-            f"{costs.each:,} tokens"
-        )
-    return replace(descent, n_passes=n_passes), is_ranked
-
-
-def _fit_shown(
-    descent: DescentOptions, costs: _Costs, n_polish: int, allowed: Allowance, is_large: bool
-) -> int:
-    """On how many examples candidates are tried, so that the descent has some passes, or all."""
-    n_passes = min(descent.n_passes, _PASSES_WORTH_IT)
-    needed = n_polish + costs.of(n_passes, is_ranked=is_large)
-    fitting = (n for n in SHOWN if needed <= allowed.with_others_on(n)[0])
-    return next(fitting, SHOWN[-1])
-
-
-def _costs(
-    decoder: Decoder,
-    examples: list[TokenisedExample],
-    descent: DescentOptions,
-    passes: PassOptions,
-) -> _Costs:
-    none, one = (
-        count_descent_tokens(decoder, examples, replace(descent, n_passes=n), passes)
-        for n in (0, 1)
-    )
-    ranking = GRADIENT_COST * decoder.count_rows(_texts(examples, descent), passes)
-    return _Costs(ranking, none, one - none)
-
-
-def _count_polish(
-    decoder: Decoder,
-    examples: list[TokenisedExample],
-    polish: PolishOptions,
-    passes: PassOptions,
-    is_crossed: bool,
-) -> int:
-    """Tokens of training on all examples and, where it is cross-validated, without each fold.
-
-    The folds of a descent are fewer: then some tokens are left.
-    """
-    texts = [examples]
-    if is_crossed:
-        folds = assign_folds(examples)
-        texts += [part_of(examples, folds != fold) for fold in np.unique(folds)]
-    return sum(count_polish_tokens(decoder, part, polish, passes) for part in texts)
 
 
 def _test_speed(

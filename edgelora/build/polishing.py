@@ -116,7 +116,11 @@ class _Training:
         identity, course = work.model.base.identity.id, replace(options, n_passes=0)
         path = self._state.path(FACTORS, identity, *factors, examples, course)
         tell = Teller(
-            work, FACTORS, options.n_passes, gradients.n_polish_tokens, n_before=self._n_tokens
+            work,
+            FACTORS,
+            options.n_passes,
+            gradients.reserved.n_polish_tokens,
+            n_before=self._n_tokens,
         )
         try:
             with threads(work):
@@ -146,7 +150,7 @@ class _Training:
 
     def end(self) -> None:
         """Give back what was set aside and not needed."""
-        n_reserved = self._gradients.n_polish_tokens
+        n_reserved = self._gradients.reserved.n_polish_tokens
         self._work.listener.progress(progress_stage(FACTORS), n_reserved, n_reserved)
         self._work.budget.give_back(n_reserved - self._n_tokens)
 

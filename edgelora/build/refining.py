@@ -57,7 +57,7 @@ def refine(
     options = gradients.descent
     assert options is not None
     with threads(work):
-        slopes = _rank(work, gradients) if gradients.is_ranked else None
+        slopes = _rank(work, gradients) if gradients.reserved.is_ranked else None
         positions = list(range(len(gradients.adapters))) if slopes is None else _sources(slopes)
         files = [gradients.adapters[i] for i in positions]
         scaled = start.coefficients * start.scale
@@ -163,8 +163,8 @@ def _descend(
     start: Array,
     state: State,
 ) -> Descended:
-    n_tokens = gradients.n_descent_tokens
-    if gradients.is_ranked:
+    n_tokens = gradients.reserved.n_descent_tokens
+    if gradients.reserved.is_ranked:
         n_rows = gradients.decoder.count_rows(gradients.objective_examples, gradients.passes)
         n_tokens -= GRADIENT_COST * n_rows
     course = replace(options, n_passes=0)

@@ -1,0 +1,142 @@
+"""What gradients cost, and the tokens that a build sets aside for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edgelora.build.allowance import Allowance
+from edgelora.build.crossing import assign_folds, part_of
+from edgelora.build.work import SHOWN
+from edgelora.engine.score import TokenisedExample
+from edgelora.gradient.decoder import Decoder, PassOptions
+from edgelora.gradient.descent import (
+    FOLDS,
+    DescentOptions,
+    count_descent_tokens,
+    objective_examples,
+)
+from edgelora.gradient.minimise import GRADIENT_COST
+from edgelora.gradient.polish import PolishOptions, count_polish_tokens
+
+_PASSES_WORTH_IT = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Tokens of ranking the bank, of looking at the start, and of each pass of a descent."""
+
+    ranking: int
+    start: int
+    each: int
+
+    def of(self, n_passes: int, *, is_ranked: bool) -> int:
+        """Of a descent, and of the ranking before it."""
+        return self.ranking * is_ranked + self.start + n_passes * self.each
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What is set aside.
+
+    Attributes:
+        descent: with the passes and folds that are allowed; None where none was asked for.
+        n_descent_tokens: for ranking and descent.
+        n_polish_tokens: for training factors.
+        is_ranked: whether the bank is ranked before the descent: where not all of it takes part,
+            or where that costs no pass.
+    """
+
+    descent: DescentOptions | None
+    n_descent_tokens: int
+    n_polish_tokens: int
+    is_ranked: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Reserving:
+    """Counts what gradients on these examples take.
+
+    Attributes:
+        is_large: whether not all of the bank takes part in a descent.
+        is_crossed: whether candidates are cross-validated.
+    """
+
+    decoder: Decoder
+    examples: Sequence[TokenisedExample]
+    passes: PassOptions
+    is_large: bool
+    is_crossed: bool
+
+    def reserve(
+        self, allowed: Allowance, descent: DescentOptions | None, polish: PolishOptions | None
+    ) -> Reserved:
+        """Set tokens aside for as many passes as budget and time allow, and as were asked for.
+
+        So that the descent has some passes, other candidates are tried on fewer examples, it has
+        fewer folds, and a bank of which all takes part is not ranked.
+
+        Raises:
+            EdgeLoRAError: a budget too small for one pass.
+        """
+        work = allowed.work
+        n_polish = self.count_polish(polish) if polish else 0
+        if descent is None:
+            work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
+            return Reserved(None, 0, n_polish)
+        if not self.is_crossed:
+            fitting = (n for n in SHOWN if self._leaves_some(allowed, descent, n_polish, n))
+            work.n_shown = next(fitting, SHOWN[-1])
+        if not self._leaves_some(allowed, descent, n_polish, work.n_shown):
+            descent = replace(descent, n_folds=FOLDS)
+        costs = self.count(descent)
+        spare, why = allowed.with_others_on(work.n_shown)
+        spare -= n_polish
+        is_ranked = self.is_large or costs.of(descent.n_passes, is_ranked=True) <= spare
+        n_passes = (spare - costs.of(0, is_ranked=is_ranked)) // costs.each
+        n_passes = max(1, min(descent.n_passes, n_passes))
+        n_descent = costs.of(n_passes, is_ranked=is_ranked)
+        work.spend(
+            n_descent + n_polish,
+            f"{n_passes} pass(es) of gradients on coefficients"
+            + (f" and {work.options.polish} on factors" if n_polish else ""),
+        )
+        if n_passes < descent.n_passes:
+            work.warn(
+                f"{why} allows {n_passes} gradient pass(es) of {descent.n_passes}; one takes "
+                f"{costs.each:,} tokens"
+            )
+        return Reserved(replace(descent, n_passes=n_passes), n_descent, n_polish, is_ranked)
+
+    def count(self, descent: DescentOptions) -> Costs:
+        """What a descent takes."""
+        none, one = (
+            count_descent_tokens(
+                self.decoder, self.examples, replace(descent, n_passes=n), self.passes
+            )
+            for n in (0, 1)
+        )
+        texts = objective_examples(self.examples, descent.objective)
+        n_rows = self.decoder.count_rows(texts, self.passes)
+        return Costs(GRADIENT_COST * n_rows, none, one - none)
+
+    def count_polish(self, polish: PolishOptions) -> int:
+        """What training takes on all examples and, cross-validated, without each fold.
+
+        The folds of a descent may be fewer: then some tokens are left.
+        """
+        texts = [list(self.examples)]
+        if self.is_crossed:
+            folds = assign_folds(self.examples)
+            texts += [part_of(self.examples, folds != fold) for fold in np.unique(folds)]
+        return sum(count_polish_tokens(self.decoder, part, polish, self.passes) for part in texts)
+
+    def _leaves_some(
+        self, allowed: Allowance, descent: DescentOptions, n_polish: int, n_shown: int
+    ) -> bool:
+        """Whether the descent has some passes, or all, where candidates are tried on `n_shown`."""
+        n_passes = min(descent.n_passes, _PASSES_WORTH_IT)
+        needed = n_polish + self.count(descent).of(n_passes, is_ranked=self.is_large)
+        return needed <= allowed.with_others_on(n_shown)[0]
