@@ -31,6 +31,7 @@ from edgelora.gradient.folds import make_folds, units_of_pass
 from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step
 from edgelora.gradient.observers import CoefficientGradients
 from edgelora.gradient.polish import PolishOptions, count_polish_tokens, fresh_pairs, polish
+from edgelora.gradient.stacks import Stacks, bytes_of_stacks
 from edgelora.gradient.updates import Combined
 from edgelora.gradient.variables import Coefficients, Factors
 
@@ -216,6 +217,32 @@ def test_the_loss_found_is_that_of_the_merged_file_in_llama_cpp(
         expected = mean_loss(score(context, examples(6)))
     assert loss_of(decoder, bank, found.coefficients) == pytest.approx(expected, rel=1e-5)
     assert expected < found.support_losses[0]
+
+
+@pytest.mark.parametrize("weights", ["component", "tensor"])
+def test_factors_that_are_kept_for_all_steps_give_the_same_bytes(
+    weights: str, decoder: Decoder, bank: list[LoraFile]
+) -> None:
+    options, n_bytes = DescentOptions(weights=weights, n_passes=2), bytes_of_stacks(bank)
+    start = np.array([0.5, 0.0, 0.2])  # one adapter takes no part in the first step's sum
+    once, kept = (
+        descend(decoder, bank, examples(6), start, options, passes=PassOptions(stack_bytes=most))
+        for most in (n_bytes - 1, n_bytes)
+    )
+    assert all((once.coefficients[name] == row).all() for name, row in kept.coefficients.items())
+    assert once.held_out_losses == kept.held_out_losses
+
+
+def test_all_factors_of_a_bank_are_kept_or_none(bank: list[LoraFile]) -> None:
+    n_bytes, name = bytes_of_stacks(bank), next(iter(bank[0].plan))
+    assert n_bytes == sum(4 * a.size for f in bank for p in f.pairs() for a in (p.lora_a, p.lora_b))
+    for most, is_kept in ((n_bytes, True), (n_bytes - 1, False)):
+        stacks = Stacks(bank, most)
+        members = stacks.members[name]
+        assert (stacks.of(name, members) is stacks.of(name, members)) == is_kept
+        part = stacks.of(name, members[:1])
+        assert part is not stacks.of(name, members[:1]) and set(part.owners) == {members[0]}
+        assert stacks.of(name, members, np.float64).lora_a.dtype == np.float64
 
 
 def test_tokens_are_counted_as_planned(decoder: Decoder, bank: list[LoraFile]) -> None:

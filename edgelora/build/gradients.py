@@ -32,6 +32,7 @@ from edgelora.gradient.descent import (
 )
 from edgelora.gradient.minimise import GRADIENT_COST
 from edgelora.gradient.polish import PolishOptions, fresh_pairs
+from edgelora.gradient.stacks import bytes_of_stacks
 from edgelora.gradient.updates import Combined, refuse_misfits
 from edgelora.memory import available_bytes
 
@@ -42,6 +43,8 @@ FRESH_RANK = 16
 _SHARE_OF_FREE_MEMORY = 0.25
 # For activations that need not be computed again; with more, 7B would gain little for its memory.
 _KEEP_BYTES = 1 << 30
+# For the bank's factors in float32, which each step uses: 130 MB of 44 adapters of SmolLM2-135M.
+_STACK_BYTES = 256 << 20
 _FLOAT = 4
 
 
@@ -259,9 +262,14 @@ def _memory(
     if room < 0:
         scratch.mkdir(parents=True, exist_ok=True)
         return transient, replace(passes, scratch=scratch)
-    keep = 0 if work.model.options.low_ram else min(room, _KEEP_BYTES)
+    if work.model.options.low_ram:
+        return inputs + transient, passes
+    stacks = bytes_of_stacks(files[:MAX_SOURCES]) if work.options.refine == "gradient" else 0
+    stacks = stacks if stacks <= min(room, _STACK_BYTES) else 0
+    keep = min(room - stacks, _KEEP_BYTES)
     activations = base.n_layer * n_rows * _activations_of_a_row(decoder)
-    return inputs + transient + min(keep, activations), replace(passes, keep_bytes=keep)
+    kept = min(keep, activations) + stacks
+    return inputs + transient + kept, replace(passes, keep_bytes=keep, stack_bytes=stacks)
 
 
 def _activations_of_a_row(decoder: Decoder) -> int:

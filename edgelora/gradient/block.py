@@ -56,7 +56,8 @@ class Linears:
         if pair is None:
             return None
         dtype = self.weights.dtype
-        return np.asarray(pair.lora_a, dtype), np.asarray(pair.lora_b, dtype) * dtype(pair.scale)
+        lora_a, lora_b = np.asarray(pair.lora_a, dtype), np.asarray(pair.lora_b, dtype)
+        return lora_a, lora_b if pair.scale == 1 else lora_b * dtype(pair.scale)
 
 
 @dataclass(frozen=True, eq=False)

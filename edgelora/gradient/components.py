@@ -63,14 +63,16 @@ class Components(Combination):
         start: Array,
         scratch: Path | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        stack_bytes: int = 0,
     ) -> None:
         """Start: (k,), the coefficient of each adapter in every tensor.
 
         Args:
             scratch: a folder for what does not fit the memory; None for the system's own.
             progress: called with the tensors whose directions are found, and their number.
+            stack_bytes: see PassOptions.
         """
-        super().__init__(adapters)
+        super().__init__(adapters, stack_bytes)
         slopes = CoefficientGradients(adapters)
         self.names = slopes.names
         self._width = slopes.components.shape[2]

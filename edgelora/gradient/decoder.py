@@ -45,6 +45,8 @@ class PassOptions:
             memory (n_layer x rows x d values).
         keep_bytes: for whole activations. As many of the last blocks as fit keep theirs; the others
             are computed again from their inputs on the way back, half as much again in all.
+        stack_bytes: for the factors of a bank, stacked and in float32: they are kept for the whole
+            descent if all of them fit.
         objective: what is minimised: layers.cross_entropy, or layers.entropy for texts without
             answers (give each any one token as its completion).
     """
@@ -53,6 +55,7 @@ class PassOptions:
     share: bool = True
     scratch: Path | None = None
     keep_bytes: int = 0
+    stack_bytes: int = 0
     objective: Objective = layers.cross_entropy
 
 

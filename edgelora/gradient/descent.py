@@ -228,13 +228,13 @@ def _variables(
     if not len(adapters) or start.shape != (len(adapters),):
         raise EdgeLoRAError(f"{len(adapters)} adapters and a start of shape {start.shape}")
     if options.weights != "component":
-        return Coefficients(adapters, start, options.weights)
+        return Coefficients(adapters, start, options.weights, passes.stack_bytes)
     if options.sparsity:
         raise EdgeLoRAError(
             "coefficients of components are moved together, none alone to zero",
             hint="Use sparsity with weights for tensors, layers or adapters.",
         )
-    return Components(adapters, start, passes.scratch, prepare)
+    return Components(adapters, start, passes.scratch, prepare, passes.stack_bytes)
 
 
 def _minimisation(

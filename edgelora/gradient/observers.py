@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
-from edgelora.adapters.lora import LoraPair, stacked
+from edgelora.adapters.lora import LoraPair
 from edgelora.gradient.layers import low_rank_factors, low_rank_slopes
+from edgelora.gradient.stacks import Stacks
 from edgelora.gradient.weights import Array
 
 Observer = Callable[[str, Array, Array], None]
@@ -35,11 +36,18 @@ class CoefficientGradients:
             does not update a tensor.
     """
 
-    def __init__(self, adapters: Sequence[LoraFile], stacked_rank: int = STACKED_RANK) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[LoraFile],
+        stacked_rank: int = STACKED_RANK,
+        stacks: Stacks | None = None,
+    ) -> None:
+        """Stacks: of these adapters, where they are kept from one pass to the next."""
         self.names = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.plan))
         rank = max((p.rank for adapter in adapters for p in adapter.plan.values()), default=0)
         self.components = np.zeros((len(adapters), len(self.names), rank))
         self._adapters = adapters
+        self._stacks = stacks or Stacks(adapters)
         self._columns = {name: column for column, name in enumerate(self.names)}
         self._stacked_rank = stacked_rank
 
@@ -53,14 +61,9 @@ class CoefficientGradients:
         if name not in self._columns:
             return
         for group in self._groups(name):
-            pairs = [self._adapters[index].pair(name) for index in group]
-            ranks = [pair.rank for pair in pairs]
-            stacked_a, stacked_b = stacked(pairs, x.dtype)
-            owners = np.repeat(group, ranks)
-            within = np.concatenate([np.arange(rank) for rank in ranks])
-            scales = np.repeat([pair.scale for pair in pairs], ranks)
-            slopes = scales * low_rank_slopes(g, x, stacked_a, stacked_b)
-            self.components[owners, self._columns[name], within] += slopes
+            stack = self._stacks.of(name, group, x.dtype)
+            slopes = stack.scales * low_rank_slopes(g, x, stack.lora_a, stack.lora_b)
+            self.components[stack.owners, self._columns[name], stack.within] += slopes
 
     def _groups(self, name: str) -> Iterator[list[int]]:
         """Adapters that update a tensor, as many at a time as may be stacked."""

@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike
 
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, check
-from edgelora.adapters.lora import LoraPair, for_components, stacked
+from edgelora.adapters.lora import LoraPair
 from edgelora.errors import IncompatibleAdapter, UnsupportedFile
 from edgelora.gradient.hyperparameters import EMBEDDING
+from edgelora.gradient.stacks import Stacks
 
 Updates = Mapping[str, LoraPair]
 
@@ -28,12 +29,17 @@ class Combined(Mapping[str, LoraPair]):
         adapters: Sequence[LoraFile],
         coefficients: Mapping[str, ArrayLike],
         dtype: type[np.floating[Any]] = np.float32,
+        stacks: Stacks | None = None,
     ) -> None:
         """Coefficients: for each tensor's name, one for each adapter, (k,), or each component.
 
         The latter are (k, r), padded to the largest rank.
+
+        Args:
+            stacks: of these adapters, where they are kept from one combination to the next.
         """
         self.adapters = adapters
+        self._stacks = stacks or Stacks(adapters)
         self.coefficients = {name: np.asarray(row, float) for name, row in coefficients.items()}
         self._dtype = dtype
         self._used = {
@@ -43,12 +49,10 @@ class Combined(Mapping[str, LoraPair]):
         }
 
     def __getitem__(self, name: str) -> LoraPair:
-        row = self.coefficients[name]
-        pairs = [(row[i], self.adapters[i].pair(name)) for i in self._used[name]]
-        lora_a, lora_b = stacked([pair for _, pair in pairs], self._dtype)
-        factors = [for_components(c, pair.rank) * pair.scale for c, pair in pairs]
-        lora_b *= np.concatenate(factors).astype(self._dtype)
-        return LoraPair(name, lora_a, lora_b, 1.0)
+        row, stack = self.coefficients[name], self._stacks.of(name, self._used[name], self._dtype)
+        values = row[stack.owners] if row.ndim == 1 else row[stack.owners, stack.within]
+        lora_b = stack.lora_b * (values * stack.scales).astype(self._dtype)
+        return LoraPair(name, stack.lora_a, lora_b, 1.0)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._used)

@@ -16,6 +16,7 @@ from edgelora.engine.score import Score, TokenisedExample
 from edgelora.errors import EdgeLoRAError
 from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.observers import CoefficientGradients, FactorGradients
+from edgelora.gradient.stacks import Stacks
 from edgelora.gradient.updates import Combined, Updates
 from edgelora.gradient.weights import Array
 
@@ -47,8 +48,10 @@ class Combination(ABC):
 
     start: Array
 
-    def __init__(self, adapters: Sequence[LoraFile]) -> None:
+    def __init__(self, adapters: Sequence[LoraFile], stack_bytes: int = 0) -> None:
+        """Stack bytes: see PassOptions."""
         self._adapters = adapters
+        self._stacks = Stacks(adapters, stack_bytes)
 
     @abstractmethod
     def by_tensor(self, values: Array) -> dict[str, NDArray[np.float64]]:
@@ -60,7 +63,7 @@ class Combination(ABC):
 
     def updates(self, values: Array) -> Updates:
         """The combination."""
-        return Combined(self._adapters, self.by_tensor(values))
+        return Combined(self._adapters, self.by_tensor(values), stacks=self._stacks)
 
     def gradient(
         self,
@@ -70,7 +73,7 @@ class Combination(ABC):
         options: PassOptions,
     ) -> tuple[Array, list[Score]]:
         """See Variables."""
-        found = CoefficientGradients(self._adapters)
+        found = CoefficientGradients(self._adapters, stacks=self._stacks)
         scores = decoder.gradients(examples, self.updates(values), found, options)
         return self.slopes(found), scores
 
@@ -83,9 +86,15 @@ class Coefficients(Combination):
         start: (k * groups,) float64.
     """
 
-    def __init__(self, adapters: Sequence[LoraFile], start: Array, weights: str) -> None:
-        """Start: (k,), the coefficient of each adapter in every tensor."""
-        super().__init__(adapters)
+    def __init__(
+        self, adapters: Sequence[LoraFile], start: Array, weights: str, stack_bytes: int = 0
+    ) -> None:
+        """Start: (k,), the coefficient of each adapter in every tensor.
+
+        Args:
+            stack_bytes: see PassOptions.
+        """
+        super().__init__(adapters, stack_bytes)
         self.names = CoefficientGradients(adapters).names
         self._groups = _groups(self.names, weights)
         n_groups = int(self._groups.max()) + 1
