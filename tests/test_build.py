@@ -232,9 +232,9 @@ def test_the_budget_is_kept(
 def test_merges_are_counted_by_how_much_of_the_bank_they_sum() -> None:
     # Of auto's seven candidates: the mean of all, then mixture and three from losses; two steps
     # and the file that is written; and the three from losses for each of three folds.
-    assert pace.count_merges(7, 0) == 1 + (4 + 2 + 1) / 2
-    assert pace.count_merges(7, 16) == 1 + (4 + 2 + 1 + 9) / 2
-    assert pace.count_merges(1, 0) == 1 + (2 + 1) / 2
+    assert pace.count_merges(7, is_crossed=False) == 1 + (4 + 2 + 1) / 2
+    assert pace.count_merges(7, is_crossed=True) == 1 + (4 + 2 + 1 + 9) / 2
+    assert pace.count_merges(1, is_crossed=False) == 1 + (2 + 1) / 2
 
 
 def slow_machine(monkeypatch: pytest.MonkeyPatch, tokens_per_s: float) -> Options:

@@ -82,7 +82,7 @@ def test_losses_of_forward_passes_where_gradients_cannot_be_had_and_why(
     monkeypatch.setattr(pace, "measure_merge", lambda paths: 1.0)
     built = run(model, open_bank(world.bank), world.helped, out, options, plans)
     assert built.refined is None and built.losses_alone and plans[0].gradient is None
-    assert plans[0].merge_s == pace.count_merges(7, 0)  # of the seven it has now
+    assert plans[0].merge_s == pace.count_merges(7, is_crossed=False)  # of the seven it has now
     (told,) = [message for message in built.warnings if INSTEAD in message]
     assert re.search(why, told)
 

@@ -16,7 +16,7 @@ from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
 from edgelora.build.allowance import Allowance, count_others, learned_of
 from edgelora.build.records import GradientPlan, Options
-from edgelora.build.reserving import Reserved, Reserving
+from edgelora.build.reserving import FEWER_FOLDS, Reserved, Reserving
 from edgelora.build.work import SHOWN, Parts, Work
 from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile
@@ -24,7 +24,6 @@ from edgelora.gradient import layers
 from edgelora.gradient.components import memory_of_directions
 from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.descent import (
-    FOLDS,
     DescentOptions,
     count_folds,
     objective_examples,
@@ -189,12 +188,12 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     Comparisons are not counted.
     """
     options, examples = work.options, learned_of(work, parts.support)
-    descent = DescentOptions(seed=options.seed, n_folds=FOLDS)
+    descent = DescentOptions(seed=options.seed, n_folds=FEWER_FOLDS)
     polish = PolishOptions(n_passes=options.polish)
     is_large = len(opened.adapters) > MAX_SOURCES
     reserving = Reserving(opened.decoder, examples, PassOptions(), is_large, parts.is_crossed)
     n_tokens = reserving.count(descent).of(1, is_ranked=is_large)
-    n_tokens += reserving.count_polish(polish)
+    n_tokens += reserving.count_polish(polish, descent)
     return n_tokens, count_others(work, examples, SHOWN[0 if parts.is_crossed else -1])
 
 

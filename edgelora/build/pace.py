@@ -25,7 +25,7 @@ from edgelora.engine.context import Row, open_context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import InvalidFile
-from edgelora.gradient.descent import default_folds
+from edgelora.gradient.descent import DescentOptions
 
 _N_WARM, _N_TIMED, _N_TIMES = 16, 64, 3
 _SHARE_OF_PASSES = 0.9
@@ -114,8 +114,7 @@ def estimate_merges(work: Work, parts: Parts) -> float:
 def _count_merges(work: Work, parts: Parts, options: Options) -> float:
     n_candidates = count_candidates(options, bool(work.pool.signed))
     by_gradients = options.refine == "gradient"
-    n_crossed = len(parts.support) if parts.is_crossed else 0
-    return count_merges(n_candidates, n_crossed, by_gradients=by_gradients)
+    return count_merges(n_candidates, parts.is_crossed, by_gradients=by_gradients)
 
 
 def cut_embedding_to_time(work: Work, texts: Sequence[TokenisedExample]) -> None:
@@ -145,21 +144,18 @@ def measure_merge(paths: Sequence[Path]) -> float:
     return _WITH_FILES * seconds
 
 
-def count_merges(n_candidates: int, n_crossed: int, *, by_gradients: bool = False) -> float:
+def count_merges(n_candidates: int, is_crossed: bool, *, by_gradients: bool = False) -> float:
     """About how many combinations of the whole pool a build is worth.
 
     The mean of all is one. Of other candidates, of steps from the best and in the file that is
     written, about half of the pool has a weight that counts; those that are fitted to losses are
     made again for each fold where examples are cross-validated. With gradients it is the whole pool
-    for each but the nearest, and for each fold of the descent.
-
-    Args:
-        n_crossed: examples that are cross-validated.
+    for each but the nearest, and for each fold of the descent, at most.
     """
     if by_gradients:
-        return max(1, n_candidates - 1) + (default_folds(n_crossed) if n_crossed else 0)
+        return max(1, n_candidates - 1) + (DescentOptions().n_folds if is_crossed else 0)
     n_partial = max(0, n_candidates - 1 - N_SINGLE) + N_LINEARISATIONS - 1 + 1
-    if n_crossed:
+    if is_crossed:
         n_partial += N_FOLDS * min(N_FITTED, n_candidates)
     return 1 + _SHARE_THAT_COUNTS * n_partial
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,15 +13,19 @@ from edgelora.build.work import SHOWN
 from edgelora.engine.score import TokenisedExample
 from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.descent import (
-    FOLDS,
     DescentOptions,
     count_descent_tokens,
+    count_folds,
     objective_examples,
 )
+from edgelora.gradient.folds import make_folds
 from edgelora.gradient.minimise import GRADIENT_COST
 from edgelora.gradient.polish import PolishOptions, count_polish_tokens
 
 _PASSES_WORTH_IT = 3
+# Each of four folds learns from three quarters of the examples, of two from half: that is worth
+# more than twice the tokens, as long as the descent has about the passes that it is stopped after.
+FEWER_FOLDS, _PASSES_IN_ALL_FOLDS = 2, 5
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,23 @@ class Reserving:
     ) -> Reserved:
         """Set tokens aside for as many passes as budget and time allow, and as were asked for.
 
-        So that the descent has some passes, other candidates are tried on fewer examples, it has
-        fewer folds, and a bank of which all takes part is not ranked.
+        So that the descent has some passes, it has fewer folds, other candidates are tried on fewer
+        examples, and a bank of which all takes part is not ranked.
 
         Raises:
             EdgeLoRAError: a budget too small for one pass.
         """
         work = allowed.work
-        n_polish = self.count_polish(polish) if polish else 0
+        n_polish = self.count_polish(polish, descent) if polish else 0
         if descent is None:
             work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
             return Reserved(None, 0, n_polish)
+        if not self._leaves(allowed, _PASSES_IN_ALL_FOLDS, descent, n_polish, work.n_shown):
+            descent = replace(descent, n_folds=FEWER_FOLDS)
         if not self.is_crossed:
-            fitting = (n for n in SHOWN if self._leaves_some(allowed, descent, n_polish, n))
+            n_passes = _PASSES_WORTH_IT
+            fitting = (n for n in SHOWN if self._leaves(allowed, n_passes, descent, n_polish, n))
             work.n_shown = next(fitting, SHOWN[-1])
-        if not self._leaves_some(allowed, descent, n_polish, work.n_shown):
-            descent = replace(descent, n_folds=FOLDS)
         costs = self.count(descent)
         spare, why = allowed.with_others_on(work.n_shown)
         spare -= n_polish
@@ -122,21 +127,46 @@ class Reserving:
         n_rows = self.decoder.count_rows(texts, self.passes)
         return Costs(GRADIENT_COST * n_rows, none, one - none)
 
-    def count_polish(self, polish: PolishOptions) -> int:
+    def count_polish(self, polish: PolishOptions, descent: DescentOptions | None) -> int:
         """What training takes on all examples and, cross-validated, without each fold.
 
-        The folds of a descent may be fewer: then some tokens are left.
+        The folds are those of the candidate that training begins with: the most that it may be.
         """
-        texts = [list(self.examples)]
-        if self.is_crossed:
-            folds = assign_folds(self.examples)
-            texts += [part_of(self.examples, folds != fold) for fold in np.unique(folds)]
-        return sum(count_polish_tokens(self.decoder, part, polish, self.passes) for part in texts)
+        examples = list(self.examples)
+        return self._count_polish(polish, examples) + max(
+            (
+                sum(self._count_polish(polish, part) for part in parts)
+                for parts in self._parts_seen(descent)
+            ),
+            default=0,
+        )
 
-    def _leaves_some(
-        self, allowed: Allowance, descent: DescentOptions, n_polish: int, n_shown: int
+    def _parts_seen(self, descent: DescentOptions | None) -> Iterator[list[list[TokenisedExample]]]:
+        """The examples without each fold, in each way that candidates are cross-validated."""
+        if not self.is_crossed:
+            return
+        folds = assign_folds(self.examples)
+        yield [part_of(self.examples, folds != fold) for fold in np.unique(folds)]
+        if descent is not None:
+            prompts = [example.prompt for example in self.examples]
+            for_descent = make_folds(prompts, count_folds(self.examples, descent), descent.seed)
+            yield [[self.examples[i] for i in fold.seen] for fold in for_descent]
+
+    def _count_polish(self, polish: PolishOptions, examples: list[TokenisedExample]) -> int:
+        return count_polish_tokens(self.decoder, examples, polish, self.passes)
+
+    def _leaves(
+        self,
+        allowed: Allowance,
+        n_passes: int,
+        descent: DescentOptions,
+        n_polish: int,
+        n_shown: int,
     ) -> bool:
-        """Whether the descent has some passes, or all, where candidates are tried on `n_shown`."""
-        n_passes = min(descent.n_passes, _PASSES_WORTH_IT)
+        """Whether the descent has as many passes, or all, where candidates are tried on `n_shown`.
+
+        Nothing is ranked that need not be.
+        """
+        n_passes = min(descent.n_passes, n_passes)
         needed = n_polish + self.count(descent).of(n_passes, is_ranked=self.is_large)
         return needed <= allowed.with_others_on(n_shown)[0]

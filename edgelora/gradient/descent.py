@@ -24,7 +24,6 @@ from edgelora.gradient.updates import Updates, refuse_misfits
 from edgelora.gradient.variables import WEIGHTS, Coefficients, Combination
 
 OBJECTIVES = ("loss", "prompts", "entropy")
-FOLDS, FEW_FOLDS, _FEW = 2, 4, 12
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class DescentOptions:
         batch_size: examples a step; 0 for all.
         step, momentum, memory, penalty, sparsity, averaging: see adam.Adam.
         n_folds: of the cross-validation that stops the descent, one for each prompt if there are
-            fewer; None is 4 for fewer than 12 examples, of which a half is too few to learn from,
-            and 2 for more; 0, or a single prompt, runs all passes.
+            fewer; 0, or a single prompt, runs all passes. With K of them a pass costs 3 K - 2
+            forward passes.
         patience: passes without a better held-out loss after which it stops.
         objective: "loss" of the completions; without completions "prompts", the loss of the
             prompts after what they share, or "entropy" of the first answer token
@@ -52,7 +51,7 @@ class DescentOptions:
     step: float = 0.04
     penalty: float = 0.0
     sparsity: float = 0.0
-    n_folds: int | None = None
+    n_folds: int = 4
     seed: int = 0
     objective: str = "loss"
     momentum: float = 0.9
@@ -154,14 +153,8 @@ def count_descent_tokens(
 
 def count_folds(examples: Sequence[TokenisedExample], options: DescentOptions) -> int:
     """Folds that a descent has: no more than there are prompts, and none of a single one."""
-    n_folds = default_folds(len(examples)) if options.n_folds is None else options.n_folds
-    n_folds = min(n_folds, len({example.prompt for example in examples}))
+    n_folds = min(options.n_folds, len({example.prompt for example in examples}))
     return n_folds if n_folds > 1 else 0
-
-
-def default_folds(n_examples: int) -> int:
-    """Folds of a descent on so many examples; see DescentOptions."""
-    return FEW_FOLDS if n_examples < _FEW else FOLDS
 
 
 def rank_adapters(
