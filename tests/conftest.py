@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,19 @@ from builds import World
 from edgelora.adapters.base import Base, read_base
 from edgelora.engine.context import Context, Row
 from edgelora.engine.model import Model, open_model
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Commands set up logging for their process: no test depends on those before it."""
+    loggers = [
+        logging.getLogger(name) for name in ("", "edgelora.serve", "uvicorn.error", "asyncio")
+    ]
+    before = [(logger, logger.level, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, level, handlers in before:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

@@ -284,7 +284,7 @@ def test_gradients_are_planned_followed_and_shown(world: World, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     said = result.stderr
     assert "0 of 4 adapters measured on 16 examples" in said
-    assert "gradients: at most 2 pass(es) on coefficients in 2 folds, 16 examples (" in said
+    assert "gradients: at most 2 pass(es) on coefficients in 4 folds, 16 examples (" in said
     assert "of the tokens (a gradient pass counts three)" in said and "memory about" in said
     assert "at most 120,000 (--budget)" in said
     assert "coefficients, start: held out" in said
