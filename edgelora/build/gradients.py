@@ -42,7 +42,8 @@ FRESH_RANK = 16
 _SHARE_OF_FREE_MEMORY = 0.25
 # For activations that need not be computed again; with more, 7B would gain little for its memory.
 _KEEP_BYTES = 1 << 30
-# For the bank's factors in float32, which each step uses: 130 MB of 44 adapters of SmolLM2-135M.
+# For the bank's factors in float32, which each step uses: enough for dozens of adapters of a small
+# base; stacking those of a large one anew takes less than dequantising its matrices.
 _STACK_BYTES = 256 << 20
 _FLOAT = 4
 

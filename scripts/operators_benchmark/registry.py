@@ -99,7 +99,7 @@ GROUPS: dict[str, list[str]] = {
     "@paper": PAPER,
     "@exact": [f"{name} combine=exact" for name in PAPER],
     "@oracles": ["oracle-single", "ceiling"],
-    "@others": ["lorahub", "few-10", "in-context"],
+    "@others": ["lorahub", "few-3", "few-10", "in-context"],
     "@ours": [
         *OURS,
         *("forward", "gradient-cv", "gradient-10", "polish-10 n_passes=5"),
@@ -107,7 +107,17 @@ GROUPS: dict[str, list[str]] = {
     ],
     "@ranks": [f"uniform combine=svd rank={rank}" for rank in (8, 16, 32, 64)]
     + ["uniform combine=svd", "uniform combine=linear"],
-    "@few": ["base", "own", "mean", "nearest", "build", "build polish=5", "ceiling", "few-10"],
+    "@few": [
+        "base",
+        "own",
+        "mean",
+        "nearest",
+        "build",
+        "build polish=5",
+        "ceiling",
+        "few-3",
+        "few-10",
+    ],
 }
 
 

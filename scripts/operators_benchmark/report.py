@@ -23,7 +23,7 @@ from operators_benchmark.summary import (
 NOTHING = "Not measured yet."
 DEFAULT = "build"
 HEADLINE = ("source", 16)
-RIVALS = ("mean", "nearest", "random", "shuffled", "lorahub", "few-10", "in-context",
+RIVALS = ("mean", "nearest", "random", "shuffled", "lorahub", "few-3", "few-10", "in-context",
           "oracle-single", "ceiling")  # fmt: skip
 
 
