@@ -102,7 +102,8 @@ def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
     if not math.isfinite(limit_s):
         return ""
     seconds = n_forward / measure_speed(work, parts.support)
-    if seconds <= (allowed_s := seconds_of_passes(work, parts)):
+    allowed_s = seconds_of_passes(work, parts) - work.clock.elapsed_s
+    if seconds <= allowed_s:
         seconds += n_gradient / measure_gradients(work, opened, parts.support)
     if seconds <= allowed_s:
         return ""

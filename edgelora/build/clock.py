@@ -30,13 +30,18 @@ class Clock:
         self._seconds: dict[str, float] = {}
         self._started = self._last = time.monotonic()
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
     def stages(self) -> dict[str, float]:
         """Seconds by stage so far; they add up to the time since the start."""
         self._pass(OTHER)
         return dict(self._seconds)
 
     def _planned(self, plan: Plan) -> None:
-        self.plan, self.planned_s = plan, time.monotonic() - self._started
+        self.plan, self.planned_s = plan, self.elapsed_s
         self._told.plan(plan)
 
     def _progress(self, stage: str, done: int, total: int) -> None:

@@ -43,7 +43,7 @@ _SHARE_OF_FREE_MEMORY = 0.25
 # For activations that need not be computed again; with more, 7B would gain little for its memory.
 _KEEP_BYTES = 1 << 30
 # For the bank's factors in float32, which each step uses: enough for dozens of adapters of a small
-# base; stacking those of a large one anew takes less than dequantising its matrices.
+# base.
 _STACK_BYTES = 256 << 20
 _FLOAT = 4
 
@@ -125,7 +125,9 @@ def open_gradients(
     polish = PolishOptions(n_passes=options.polish, seed=options.seed) if options.polish else None
     texts = _texts(examples, descent)
     memory, passes = _memory(work, decoder, texts, files, scratch)
+    began_s = work.clock.elapsed_s
     speed = _test_speed(work, decoder, texts, files, passes)
+    seconds -= work.clock.elapsed_s - began_s
     reserving = Reserving(decoder, examples, passes, len(files) > MAX_SOURCES, is_crossed)
     reserved = reserving.reserve(Allowance(work, examples, seconds, speed), descent, polish)
     descent = reserved.descent
@@ -186,7 +188,7 @@ def open_decoder_and_adapters(work: Work, hint: str) -> Opened:
 def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int]:
     """Tokens of gradients, and of other candidates, where the descent on losses has one pass.
 
-    Comparisons are not counted.
+    The test of speed before it is counted, comparisons are not.
     """
     options, examples = work.options, learned_of(work, parts.support)
     descent = DescentOptions(seed=options.seed, n_folds=FEWER_FOLDS)
@@ -195,6 +197,7 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     reserving = Reserving(opened.decoder, examples, PassOptions(), is_large, parts.is_crossed)
     n_tokens = reserving.count(descent).of(1, is_ranked=is_large)
     n_tokens += reserving.count_polish(polish, descent)
+    n_tokens += GRADIENT_COST * opened.decoder.count_rows(timed_step(examples), PassOptions())
     return n_tokens, count_others(work, examples, SHOWN[0 if parts.is_crossed else -1])
 
 
