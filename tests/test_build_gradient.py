@@ -295,11 +295,13 @@ def test_what_is_trained_on_few_examples_is_judged_by_those_it_has_not_seen(
     assert built.support_losses["few-shot LoRA"] < row.loss  # what has been seen flatters
 
 
-@pytest.mark.parametrize("operator", ["auto", "uniform"])
+@pytest.mark.parametrize(
+    ("operator", "refine"), [("auto", "gradient"), ("mixture", "none"), ("gibbs", "forward")]
+)
 def test_factors_of_few_examples_begin_with_what_was_found_without_each_fold(
-    operator: str, world: World, model: Model, out: Path
+    operator: str, refine: str, world: World, model: Model, out: Path
 ) -> None:
-    options, ear = replace(FEW, operator=operator, polish=2), Ear()
+    options, ear = replace(FEW, operator=operator, refine=refine, polish=2), Ear()
     built = build(
         model, open_bank(world.bank), few(world), model_template(model), out, options, ear.listener
     )

@@ -59,7 +59,7 @@ def train_factors(
     else:
         name, scale = f"{start.candidate.name}, polished", start.candidate.scale
         candidate = Candidate(name, start.candidate.coefficients * scale)
-    begun, path = training.begin(start), folder / "polished.gguf"
+    begun, path = training.begin(start, "to-polish"), folder / "polished.gguf"
     found = training.run(begun, gradients.examples)
     trained = Trained(
         start=start.candidate.name if start else "",
@@ -98,11 +98,11 @@ class _Training:
         self._nearness, self._state, self._folder = nearness, state, folder
         self._n_tokens = 0
 
-    def begin(self, trial: Trial | None) -> _Begun:
-        """A trial as it would be written, or a new LoRA."""
+    def begin(self, trial: Trial | None, name: str) -> _Begun:
+        """A trial as it would be written, to a file of this name, or a new LoRA."""
         if trial is None:
             return _Begun(make_fresh_pairs(self._work, self._gradients), _scratch(self._work))
-        path = self._folder / "to-polish.gguf"
+        path = self._folder / f"{name}.gguf"
         merge = write_trial(self._work, trial, self._nearness, path)
         lora = open_lora(path)
         facts = {key: v for key, v in lora.metadata.items() if key.startswith("edgelora.")}
@@ -143,7 +143,7 @@ class _Training:
                 yield HeldOut(None, tuple(positions))
                 continue
             seen = [examples[i] for i in range(len(examples)) if i not in positions]
-            begun = self.begin(trial)
+            begun = self.begin(trial, f"to-polish-without-{number}")
             path = self._folder / f"polished-without-{number}.gguf"
             _write(self._work, self.run(begun, seen), begun.facts, path)
             yield HeldOut(path, tuple(positions))
