@@ -46,8 +46,8 @@ serve: setup ## serve the demo's adapter as OpenAI's API, with a page to talk to
 	@for adapter in build/demo/*.gguf; do set -- "$$@" --adapter "$$adapter"; done; \
 	exec $(BIN)/edgelora serve --base smollm2-135m-instruct "$$@" $(SERVE_ARGS)
 
-test: setup ## the tests: no torch, no network, three to four minutes
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: setup ## the tests: no torch, no network; on up to four cores at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: setup ## kills, interrupts and whole commands, many times over
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
