@@ -122,7 +122,7 @@ def open_gradients(
     decoder, files = opened.decoder, opened.adapters
     examples = learned_of(work, support)
     descent = _descent_options(options, has_completions)
-    polish = PolishOptions(n_passes=options.polish, seed=options.seed) if options.polish else None
+    polish = _polish_options(options)
     texts = _texts(examples, descent)
     memory, passes = _memory(work, decoder, texts, files, scratch)
     began_s = work.clock.elapsed_s
@@ -192,7 +192,7 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     """
     options, examples = work.options, learned_of(work, parts.support)
     descent = DescentOptions(seed=options.seed, n_folds=FEWER_FOLDS)
-    polish = PolishOptions(n_passes=options.polish)
+    polish = _polish_options(options)
     is_large = len(opened.adapters) > MAX_SOURCES
     reserving = Reserving(opened.decoder, examples, PassOptions(), is_large, parts.is_crossed)
     n_tokens = reserving.count(descent).of(1, is_ranked=is_large)
@@ -210,6 +210,12 @@ def _texts(
     examples: Sequence[TokenisedExample], descent: DescentOptions | None
 ) -> list[TokenisedExample]:
     return objective_examples(examples, descent.objective if descent else "loss")
+
+
+def _polish_options(options: Options) -> PolishOptions | None:
+    if not options.polish:
+        return None
+    return PolishOptions(n_passes=options.polish, seed=options.seed)
 
 
 def _descent_options(options: Options, has_completions: bool) -> DescentOptions | None:

@@ -86,17 +86,19 @@ class Reserving:
             EdgeLoRAError: a budget too small for one pass.
         """
         work = allowed.work
-        n_polish = self.count_polish(polish, descent) if polish else 0
+        n_polish = self.count_polish(polish, descent)
         if descent is None:
             work.spend(n_polish, f"{work.options.polish} pass(es) on factors")
             return Reserved(None, 0, n_polish)
-        if not self._leaves(allowed, _PASSES_IN_ALL_FOLDS, descent, n_polish, work.n_shown):
-            descent = replace(descent, n_folds=FEWER_FOLDS)
-        if not self.is_crossed:
-            n_passes = _PASSES_WORTH_IT
-            fitting = (n for n in SHOWN if self._leaves(allowed, n_passes, descent, n_polish, n))
-            work.n_shown = next(fitting, SHOWN[-1])
         costs = self.count(descent)
+        least = n_polish + self._least(costs, descent, _PASSES_IN_ALL_FOLDS)
+        if least > allowed.with_others_on(work.n_shown)[0]:
+            descent = replace(descent, n_folds=FEWER_FOLDS)
+            costs = self.count(descent)
+        if not self.is_crossed:
+            least = n_polish + self._least(costs, descent, _PASSES_WORTH_IT)
+            fitting = (n for n in SHOWN if least <= allowed.with_others_on(n)[0])
+            work.n_shown = next(fitting, SHOWN[-1])
         spare, why = allowed.with_others_on(work.n_shown)
         spare -= n_polish
         is_ranked = self.is_large or costs.of(descent.n_passes, is_ranked=True) <= spare
@@ -127,11 +129,13 @@ class Reserving:
         n_rows = self.decoder.count_rows(texts, self.passes)
         return Costs(GRADIENT_COST * n_rows, none, one - none)
 
-    def count_polish(self, polish: PolishOptions, descent: DescentOptions | None) -> int:
+    def count_polish(self, polish: PolishOptions | None, descent: DescentOptions | None) -> int:
         """What training takes on all examples and, cross-validated, without each fold.
 
         The folds are those of the candidate that training begins with: the most that it may be.
         """
+        if polish is None:
+            return 0
         examples = list(self.examples)
         return self._count_polish(polish, examples) + max(
             (
@@ -155,18 +159,6 @@ class Reserving:
     def _count_polish(self, polish: PolishOptions, examples: list[TokenisedExample]) -> int:
         return count_polish_tokens(self.decoder, examples, polish, self.passes)
 
-    def _leaves(
-        self,
-        allowed: Allowance,
-        n_passes: int,
-        descent: DescentOptions,
-        n_polish: int,
-        n_shown: int,
-    ) -> bool:
-        """Whether the descent has as many passes, or all, where candidates are tried on `n_shown`.
-
-        Nothing is ranked that need not be.
-        """
-        n_passes = min(descent.n_passes, n_passes)
-        needed = n_polish + self.count(descent).of(n_passes, is_ranked=self.is_large)
-        return needed <= allowed.with_others_on(n_shown)[0]
+    def _least(self, costs: Costs, descent: DescentOptions, n_passes: int) -> int:
+        """What so many passes take, or all if they are fewer; nothing is ranked needlessly."""
+        return costs.of(min(descent.n_passes, n_passes), is_ranked=self.is_large)

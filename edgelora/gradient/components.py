@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
-from edgelora.adapters.lora import LoraPair, stacked
 from edgelora.adapters.merge import one_blas_thread
 from edgelora.gradient.observers import CoefficientGradients
+from edgelora.gradient.stacks import Stack
 from edgelora.gradient.variables import Combination
 from edgelora.gradient.weights import Array
 
@@ -84,7 +84,7 @@ class Components(Combination):
         with one_blas_thread():  # the same values again when a descent goes on
             for place, root in zip(self._places, self._roots, strict=True):
                 name = self.names[place.column]
-                gram = _gram([a.pair(name) for a in adapters if name in a.plan])
+                gram = _gram(self._stacks.of(name, self._stacks.members[name]))
                 total += float(np.trace(gram))
                 root[:], inverse = principal_directions(gram)
                 self.start[place.values] = inverse @ start[place.owners]
@@ -130,12 +130,11 @@ def principal_directions(gram: Float64) -> tuple[Float64, Float64]:
     return vectors / scales, (vectors * scales).T
 
 
-def _gram(pairs: Sequence[LoraPair]) -> Float64:
-    """Frobenius inner products of the components `s b_m a_m` of stacked pairs, (R, R)."""
-    lora_a, lora_b = stacked(pairs)
-    scales = np.repeat([pair.scale for pair in pairs], [pair.rank for pair in pairs])
+def _gram(stack: Stack) -> Float64:
+    """Frobenius inner products of the components `s b_m a_m`, (R, R)."""
+    lora_a, lora_b = stack.lora_a, stack.lora_b
     products = (lora_a @ lora_a.T).astype(np.float64) * (lora_b.T @ lora_b)
-    return np.asarray(products * np.outer(scales, scales))
+    return np.asarray(products * np.outer(stack.scales, stack.scales))
 
 
 def _ranks_by_tensor(adapters: Sequence[LoraFile]) -> dict[str, int]:

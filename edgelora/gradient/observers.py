@@ -43,11 +43,11 @@ class CoefficientGradients:
         stacks: Stacks | None = None,
     ) -> None:
         """Stacks: of these adapters, where they are kept from one pass to the next."""
-        self.names = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.plan))
+        self._stacks = stacks or Stacks(adapters)
+        self.names = tuple(self._stacks.members)
         rank = max((p.rank for adapter in adapters for p in adapter.plan.values()), default=0)
         self.components = np.zeros((len(adapters), len(self.names), rank))
         self._adapters = adapters
-        self._stacks = stacks or Stacks(adapters)
         self._columns = {name: column for column, name in enumerate(self.names)}
         self._stacked_rank = stacked_rank
 
@@ -69,14 +69,13 @@ class CoefficientGradients:
         """Adapters that update a tensor, as many at a time as may be stacked."""
         group: list[int] = []
         rank = 0
-        for index, adapter in enumerate(self._adapters):
-            if name not in adapter.plan:
-                continue
-            if group and rank + adapter.rank(name) > self._stacked_rank:
+        for index in self._stacks.members[name]:
+            own = self._adapters[index].rank(name)
+            if group and rank + own > self._stacked_rank:
                 yield group
                 group, rank = [], 0
             group.append(index)
-            rank += adapter.rank(name)
+            rank += own
         if group:
             yield group
 

@@ -37,20 +37,23 @@ class Stacks:
 
     A descent asks for the same ones in every step: in float32 they are kept if all of them fit
     `most_bytes`, else made when asked for.
+
+    Attributes:
+        members: the positions of the adapters that update a tensor, by its name.
     """
 
     def __init__(self, adapters: Sequence[LoraFile], most_bytes: int = 0) -> None:
         self.adapters = adapters
-        self.members: dict[str, tuple[int, ...]] = {}
+        self.members: dict[str, list[int]] = {}
         for index, adapter in enumerate(adapters):
             for name in adapter.plan:
-                self.members[name] = (*self.members.get(name, ()), index)
+                self.members.setdefault(name, []).append(index)
         self._is_kept = bytes_of_stacks(adapters) <= most_bytes
         self._kept: dict[str, Stack] = {}
 
     def of(self, name: str, members: Sequence[int], dtype: DTypeLike = np.float32) -> Stack:
         """The stack of a tensor over the adapters at these positions, which all update it."""
-        is_whole = self._is_kept and dtype == np.float32 and tuple(members) == self.members[name]
+        is_whole = self._is_kept and dtype == np.float32 and list(members) == self.members[name]
         if is_whole and name in self._kept:
             return self._kept[name]
         made = self._make(name, members, dtype)

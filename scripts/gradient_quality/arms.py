@@ -31,9 +31,8 @@ from edgelora.gradient.updates import Combined
 from gradient_quality.bed import Case
 
 UNLIMITED = 10**12
-PASSES = PassOptions(
-    keep_bytes=1 << 30, stack_bytes=256 << 20
-)  # as `build` has it where memory allows
+# As `build` has it where memory allows.
+PASSES = PassOptions(keep_bytes=1 << 30, stack_bytes=256 << 20)
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,15 +108,8 @@ GROUPS: dict[str, list[str]] = {
     "@ranks": [f"uniform combine=svd rank={rank}" for rank in (8, 16, 32, 64)]
     + ["uniform combine=svd", "uniform combine=linear"],
     "@few": [
-        "base",
-        "own",
-        "mean",
-        "nearest",
-        "build",
-        "build polish=5",
-        "ceiling",
-        "few-3",
-        "few-10",
+        *("base", "own", "mean", "nearest", "build", "build polish=5", "ceiling"),
+        *("few-3", "few-10"),
     ],
 }
 
