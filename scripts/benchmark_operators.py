@@ -13,10 +13,11 @@
 `category` its category too). --labels lines of train.jsonl are what a person would bring (0: 16
 prompts without answers), and --n-test lines of test.jsonl judge, in the same engine, file and
 template for every arm. A line of JSON for each (bed, split, task, arm, seed, labels) is appended to
-the results; what is there is skipped, so that a stopped run goes on. Lines hold numbers and names,
-no texts. --arms takes names and groups (operators_benchmark/registry.py lists both); base and own
-are always measured. The paper's Neural arms need `heads` first: five folds by source, in an
-environment with torch. `report` writes the tables into the page and the pictures beside it.
+the results; what is there is skipped, so that a stopped run goes on. Two runs at a time need a
+file of results each. Lines hold numbers and names, no texts. --arms takes names and groups
+(operators_benchmark/registry.py lists both); base and own are always measured. The paper's Neural
+arms need `heads` first: five folds by source, in an environment with torch. `report` writes the
+tables into the page and the pictures beside it.
 
 DATA holds `<task>/train.jsonl`, `test.jsonl` and `task.json`, whose source and category say what is
 kin. With --peft, the bank is made in the cache folder from the PEFT adapters `DATA/<task>/adapter`.
@@ -29,6 +30,7 @@ import random
 import shutil
 import sys
 from collections.abc import Sequence
+from hashlib import blake2b
 from pathlib import Path
 
 from benchmark_gradient_quality import add_bed_options, open_bed_of, work_folder
@@ -123,7 +125,8 @@ def measure_one(
     case = make_case(
         bed, task, n_labels=n_labels, n_test=options.n_test, seed=seed, split=options.split
     )
-    folder = work_folder(bed.name) / f"{task}-{options.split}-{seed}-{n_labels}"
+    results = blake2b(str(options.results.resolve()).encode(), digest_size=4).hexdigest()
+    folder = work_folder(bed.name) / f"{results}-{task}-{options.split}-{seed}-{n_labels}"
     folder.mkdir(parents=True, exist_ok=True)
     wanted = Wanted(options.answers, options.paper, options.n_prompt)
     arms = [arm for arm in options.arms if can_measure(arm, n_labels)]

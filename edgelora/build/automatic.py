@@ -16,7 +16,7 @@ from edgelora.build.gradients import (
     threads,
     timed_step,
 )
-from edgelora.build.pace import fit_comparisons, measure_speed, seconds_of_passes
+from edgelora.build.pace import fit_comparisons, measure_speed, seconds_left
 from edgelora.build.records import AUTO
 from edgelora.build.work import Parts, Work, count_reserved_tokens
 from edgelora.engine.score import TokenisedExample
@@ -102,7 +102,7 @@ def _find_shortage(work: Work, parts: Parts, opened: Opened) -> str:
     if not math.isfinite(limit_s):
         return ""
     seconds = n_forward / measure_speed(work, parts.support)
-    allowed_s = seconds_of_passes(work, parts) - work.clock.elapsed_s
+    allowed_s = seconds_left(work, parts)
     if seconds <= allowed_s:
         seconds += n_gradient / measure_gradients(work, opened, parts.support)
     if seconds <= allowed_s:

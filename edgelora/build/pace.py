@@ -53,7 +53,7 @@ def cut_to_time(work: Work, parts: Parts) -> Parts:
     if not math.isfinite(limit_s):
         return parts
     speed = measure_speed(work, parts.support)
-    allowed = _rounded(speed * seconds_of_passes(work, parts))
+    allowed = _rounded(work.budget.n_used + speed * seconds_left(work, parts))
     if allowed >= work.budget.n_tokens:
         return parts
     work.is_cut = True
@@ -79,7 +79,7 @@ def fit_comparisons(work: Work, parts: Parts) -> Parts:
     allowed: float = work.budget.left
     if math.isfinite(work.options.limit_s):
         speed = measure_speed(work, parts.support)
-        allowed = min(allowed, speed * seconds_of_passes(work, parts))
+        allowed = min(allowed, speed * seconds_left(work, parts))
     n_tokens = int(_SHARE_FOR_COMPARISONS * allowed)
     fitted = _shortened(work, parts, n_tokens, at_least=_ENOUGH_COMPARED)
     most = work.n_learned if parts.is_crossed else None
@@ -121,7 +121,9 @@ def cut_embedding_to_time(work: Work, texts: Sequence[TokenisedExample]) -> None
     """The same for a build that only embeds: what is cut is the number of examples."""
     if not math.isfinite(work.options.limit_s):
         return
-    allowed = _rounded(measure_speed(work, texts) * work.options.limit_s)
+    speed = measure_speed(work, texts)
+    left_s = max(0.0, work.options.limit_s - work.clock.elapsed_s)
+    allowed = _rounded(work.budget.n_used + speed * left_s)
     least = work.budget.n_used + max(text.n_tokens for text in texts)
     if allowed < work.budget.n_tokens:
         work.is_cut = True
@@ -191,11 +193,14 @@ def _time_batches(work: Work, texts: Sequence[TokenisedExample]) -> float:
     return n / elapsed_s
 
 
-def seconds_of_passes(work: Work, parts: Parts) -> float:
-    """What the merges leave of the time, at least a half, less what loading and fits take."""
+def seconds_left(work: Work, parts: Parts) -> float:
+    """What is left for passes: what merges leave, at least a half, less what has gone by.
+
+    A tenth is for what is neither: fits, files, the last words.
+    """
     limit_s = work.options.limit_s
-    left_s = max(limit_s / 2, limit_s - estimate_merges(work, parts))
-    return _SHARE_OF_PASSES * left_s
+    for_passes = max(limit_s / 2, limit_s - estimate_merges(work, parts))
+    return max(0.0, _SHARE_OF_PASSES * for_passes - work.clock.elapsed_s)
 
 
 def _rounded(n_tokens: float) -> int:

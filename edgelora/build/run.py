@@ -39,7 +39,7 @@ from edgelora.build.pace import (
     cut_embedding_to_time,
     cut_to_time,
     fit_comparisons,
-    seconds_of_passes,
+    seconds_left,
     tell_what_left,
 )
 from edgelora.build.polishing import train_factors
@@ -186,7 +186,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     opened = settle_refinement(work, whole)
     parts, seconds = fit_comparisons(work, whole), math.inf
     if work.options.needs_gradients and math.isfinite(work.options.limit_s):
-        seconds = seconds_of_passes(work, parts) - work.clock.elapsed_s
+        seconds = seconds_left(work, parts)
     elif work.options.operator not in ACTIVATED:
         parts = cut_to_time(work, parts)
     tell_what_left(work, whole, parts)

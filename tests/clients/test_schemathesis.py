@@ -18,11 +18,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from server_process import ADAPTER, BASE_ID, serve
+from server_process import ADAPTER, BASE_ID, ServerProcess, serve
 
 pytestmark = pytest.mark.clients
 
-SECONDS = 60
+# Each has its own time, or a slow machine spends all of it on the first.
+THROUGH_THE_ENGINE = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings",
+)  # fmt: skip
+SECONDS = 12
 HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
 CHECKS = (
     "not_a_server_error",
@@ -37,28 +41,48 @@ CHECKS = (
 )
 
 
-def test_no_failure_and_no_status_that_the_document_lacks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
     options = ("--slots", "2", "--context", "256", "--adapter-dir", str(ADAPTER.parent))
-    report = tmp_path / "events.ndjson"
-    with serve("--base", BASE_ID, "--adapter", str(ADAPTER), *options) as server:
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json",
-                "--checks", ",".join(CHECKS), "--max-time", str(SECONDS), "--workers", "1",
-                "--seed", "1", "--request-timeout", "60", "--continue-on-failure",
-                "--report", "ndjson", "--report-ndjson-path", str(report),
-            ],
-            capture_output=True, text=True, timeout=280, cwd=tmp_path,
-            env={**os.environ, "SCHEMATHESIS_HOOKS": str(HOOKS),
-                 "EDGELORA_SERVED": f"{BASE_ID},{ADAPTER}"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        urllib.request.urlopen(f"{server.url}/ready", timeout=10).close()
-        assert server.process.poll() is None
+    with serve("--base", BASE_ID, "--adapter", str(ADAPTER), *options) as running:
+        yield running
+
+
+@pytest.mark.parametrize("path", THROUGH_THE_ENGINE)
+def test_no_failure_and_no_status_that_the_document_lacks(
+    path: str, server: ServerProcess, tmp_path: Path
+) -> None:
+    answered = _ask(server, tmp_path, "--include-path", path)
+    assert answered[path, 200] and answered[path, 400], answered
+
+
+def test_all_other_paths_and_sequences_of_them(server: ServerProcess, tmp_path: Path) -> None:
+    others = [part for path in THROUGH_THE_ENGINE for part in ("--exclude-path", path)]
+    answered = _ask(server, tmp_path, *others)
+    for path in ("/v1/adapters", "/tokenize"):
+        assert answered[path, 200] and answered[path, 400], answered
+
+
+def _ask(server: ServerProcess, folder: Path, *which: str) -> Counter[tuple[str, int]]:
+    """Requests of SECONDS to the paths named; how often each path gave each status."""
+    report = folder / "events.ndjson"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *which,
+            "--checks", ",".join(CHECKS), "--max-time", str(SECONDS), "--workers", "1",
+            "--seed", "1", "--request-timeout", "60", "--continue-on-failure",
+            "--report", "ndjson", "--report-ndjson-path", str(report),
+        ],
+        capture_output=True, text=True, timeout=280, cwd=folder,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": str(HOOKS),
+             "EDGELORA_SERVED": f"{BASE_ID},{ADAPTER}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    urllib.request.urlopen(f"{server.url}/ready", timeout=10).close()
+    assert server.process.poll() is None
     answered = Counter(_answered(report))
     assert not [status for _, status in answered if status >= 500]
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"):
-        assert answered[path, 200] and answered[path, 400], answered
+    return answered
 
 
 def _answered(report: Path) -> Iterator[tuple[str, int]]:
