@@ -13,6 +13,9 @@ BENCH_ARGS ?=
 BENCH_FOLDER ?= build/bench
 PYTEST_ARGS ?=
 
+# Test files on up to four cores at a time, each with one thread of its own.
+ON_CORES := -n auto --maxprocesses 4 --dist loadfile
+
 BIN := .venv/bin
 PARITY := .venv-parity/bin
 CLIENTS := .venv-clients/bin
@@ -46,15 +49,16 @@ serve: setup ## serve the demo's adapter as OpenAI's API, with a page to talk to
 	@for adapter in build/demo/*.gguf; do set -- "$$@" --adapter "$$adapter"; done; \
 	exec $(BIN)/edgelora serve --base smollm2-135m-instruct "$$@" $(SERVE_ARGS)
 
-test: setup ## the tests: no torch, no network; on up to four cores at a time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+test: setup ## the tests: no torch, no network
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ON_CORES) $(PYTEST_ARGS)
 
 test-slow: setup ## kills, interrupts and whole commands, many times over
-	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ON_CORES) $(PYTEST_ARGS)
 
 test-parity: setup-parity ## comparisons with torch, PEFT and llama.cpp's converter
 	@EDGELORA_LLAMA_CPP="$$($(PARITY)/python scripts/fetch_llama_cpp_source.py)" && \
-	export EDGELORA_LLAMA_CPP && $(PARITY)/python -m pytest -m parity tests/parity $(PYTEST_ARGS)
+	export EDGELORA_LLAMA_CPP && \
+	OMP_NUM_THREADS=1 $(PARITY)/python -m pytest -m parity tests/parity $(ON_CORES) $(PYTEST_ARGS)
 
 test-clients: setup-clients ## the server with clients that others wrote, the page in Chromium
 	@command -v chromium >/dev/null || { echo "make test-clients needs chromium on the PATH" \
