@@ -120,7 +120,8 @@ def test_what_is_written_loads_helps_and_tells_how_it_was_made(
     assert (plan.n_support, plan.n_selection, plan.n_untouched) == (16, 8, 8)
     assert plan.n_measured == plan.n_adapters == builds.N_ADAPTERS
     assert plan.n_tokens <= plan.budget_tokens and plan.merge_s > 0
-    assert plan.seconds == pytest.approx(plan.n_tokens / plan.tokens_per_s + plan.merge_s)
+    n_left = plan.n_tokens - plan.n_done
+    assert plan.seconds == pytest.approx(n_left / plan.tokens_per_s + plan.merge_s)
     last = {stage: (done, total) for stage, done, total in ear.steps}
     assert {"embedding your examples", "measuring adapters", "trying candidates"} <= set(last)
     assert all(done == total for done, total in last.values())
@@ -295,12 +296,9 @@ def test_the_speed_is_measured_and_a_fast_machine_keeps_its_budget(
     built = run(model, world.bank, world.helped, out, replace(FORWARD, limit_s=600.0), ear)
     (plan,) = ear.plans
     assert not plan.is_cut and plan.budget_tokens == DEFAULT_BUDGET
-    assert built.n_tokens == sum(decoded) and decoded[:4] == [
-        16,
-        64,
-        64,
-        64,
-    ]  # the test is paid for
+    assert decoded[:4] == [16, 64, 64, 64]
+    assert built.n_tokens == sum(decoded)  # the test is paid for
+    assert plan.n_done > 208 and plan.n_done in np.cumsum(decoded)  # that and the embedding
     assert built.verdict is not None and len(built.verdict.table) > 3
 
 

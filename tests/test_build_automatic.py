@@ -173,6 +173,7 @@ def test_a_repeated_build_combines_the_coefficients_that_gradients_found(
     second = run(model, bank, world.helped, out, options, plans)
     assert not decoded and second.n_tokens == 0 and out.read_bytes() == before
     assert plans[1].by == "an earlier build" and second.refined == first.refined
+    assert plans[1].seconds == plans[1].merge_s > 0
     assert second.judgement == first.judgement and second.coefficients == first.coefficients
     (file,) = BUILDS.files()
     damaged = file.path.read_text().replace('"used": [0', '"used": [7')

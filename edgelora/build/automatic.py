@@ -128,7 +128,7 @@ def _time_blocks(work: Work, opened: Opened, texts: Sequence[TokenisedExample]) 
     decoder, times = opened.decoder, []
     step = timed_step(texts)
     n_rows = decoder.count_rows(step, PassOptions())
-    work.spend(n_rows, "a test of speed")
+    work.spend(n_rows, "a test of speed", at_once=True)
 
     def stop(_n_blocks: int) -> None:
         times.append(time.perf_counter())

@@ -243,7 +243,7 @@ def _test_speed(
     at = Combined(used, dict.fromkeys(names, [1 / len(used)] * len(used)))
     step = timed_step(texts)
     n_tokens = GRADIENT_COST * decoder.count_rows(step, passes)
-    work.spend(n_tokens, "a test of speed")
+    work.spend(n_tokens, "a test of speed", at_once=True)
     work.listener.progress("testing the speed of gradients", 0, 1)
     started = time.perf_counter()
     with threads(work):

@@ -130,7 +130,7 @@ def embed_and_compare(
         cost_of_token=_share_of_layers(work),
         seed=work.options.seed,
     )
-    work.spend(cost, f"embedding {n} example(s)")
+    work.spend(cost, f"embedding {n} example(s)", at_once=True)
     if n < n_wanted:
         work.warn(f"the budget allows to embed {n} examples of {n_wanted}: distances are coarser")
     nearness = find_nearness(
@@ -220,6 +220,7 @@ def _plan(
         n_measured=n_measured,
         n_shown=len(shown),
         n_tokens=work.budget.n_used + min(n_passes * count_tokens(shown), work.budget.left),
+        n_done=work.n_done,
         budget_tokens=work.budget.n_tokens,
         tokens_per_s=speed,
         gradient=work.gradient,

@@ -180,7 +180,7 @@ def _time_batches(work: Work, texts: Sequence[TokenisedExample]) -> float:
         n = min(_N_TIMED, context.n_batch, context.n_ctx)
         rows = [Row(ids[i % len(ids)], i, 0, output=i == n - 1) for i in range(n)]
         warm = [replace(row, output=False) for row in rows[:_N_WARM]]
-        work.spend(len(warm) + _N_TIMES * n, "a test of speed")
+        work.spend(len(warm) + _N_TIMES * n, "a test of speed", at_once=True)
         context.apply([WeightedAdapter(adapter)])
         context.decode(warm)
         elapsed_s = math.inf

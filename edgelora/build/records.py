@@ -103,6 +103,7 @@ class Plan:
         n_measured: adapters whose loss is measured, of the `n_adapters` that fit the base.
         n_shown: support examples that each of them is measured on (the shortest).
         n_tokens: estimate of all tokens that the build computes.
+        n_done: of these, computed before the plan is told.
         by: what decides where nothing is measured: "distances", "activations",
             "description" or "an earlier build".
         tokens_per_s: speed of the first adapters' passes a moment ago; NaN where there is none.
@@ -124,13 +125,15 @@ class Plan:
     by: str = "distances"
     merge_s: float = 0.0
     is_cut: bool = False
+    n_done: int = 0
 
     @property
     def seconds(self) -> float:
-        """The estimate converted; NaN where the speed is not known."""
+        """What the build takes from here; NaN where the speed is not known."""
+        n_forward = self.n_tokens - self.n_done
         if self.gradient is None:
-            return self.n_tokens / self.tokens_per_s + self.merge_s
-        n_forward = self.n_tokens - self.gradient.n_tokens
+            return self.merge_s + (n_forward / self.tokens_per_s if n_forward else 0.0)
+        n_forward -= self.gradient.n_tokens
         forward = n_forward / self.tokens_per_s if math.isfinite(self.tokens_per_s) else 0.0
         return forward + self.merge_s + self.gradient.n_tokens / self.gradient.tokens_per_s
 

@@ -56,6 +56,7 @@ class Work:
         was_interrupted: whether gradient steps ended by Ctrl-C, with the best so far.
         n_learned: examples that gradients learn from, at most; None: see allowance.MAX_EXAMPLES.
         n_shown: of these, that candidates are tried on beside gradients.
+        n_done: tokens computed before the plan: of tests of speed, and embedding.
         tokens_per_s: see pace.measure_speed; NaN before.
         gradients_per_s: see automatic.measure_gradients; NaN before.
         merge_s: of one combination, see pace.measure_merge; NaN before.
@@ -73,6 +74,7 @@ class Work:
     was_interrupted: bool = False
     n_learned: int | None = None
     n_shown: int = SHOWN[0]
+    n_done: int = 0
     merge_s: float = math.nan
     tokens_per_s: float = math.nan
     gradients_per_s: float = math.nan
@@ -93,8 +95,11 @@ class Work:
         self.warnings.append(message)
         self.listener.warn(message)
 
-    def spend(self, n_tokens: int, what: str) -> None:
+    def spend(self, n_tokens: int, what: str, *, at_once: bool = False) -> None:
         """Take tokens that the build cannot do without.
+
+        Args:
+            at_once: they are computed now, not only set aside.
 
         Raises:
             EdgeLoRAError: they are not left.
@@ -105,6 +110,7 @@ class Work:
                 f"{n_tokens:,} and {self.budget.left:,} are left",
                 hint="Give a larger --budget, or fewer or shorter examples.",
             )
+        self.n_done += n_tokens * at_once
 
 
 def tokenise_parts(work: Work, split: Split) -> Parts:
