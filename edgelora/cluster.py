@@ -117,7 +117,9 @@ class Cluster:
                 if not running:
                     return
                 for future, answer in self._finished(list(running)):
-                    yield running.pop(future), answer
+                    key = running.pop(future)
+                    future.release()  # or it is done again should its worker die now
+                    yield key, answer
         finally:
             if running:
                 with contextlib.suppress(Exception):  # the scheduler may have gone
