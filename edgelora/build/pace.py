@@ -64,7 +64,7 @@ def cut_to_time(work: Work, parts: Parts) -> Parts:
     _set_budget(work, max(allowed, least))
     if least > allowed:
         work.warn(
-            f"at {speed:,.0f} tokens/s {limit_s / 60:.0f} min are {allowed:,} tokens, and this "
+            f"at {speed:,.0f} tokens/s {limit_s / 60:.0f} min allow {allowed:,} tokens, and this "
             f"build takes {least:,} at the very least: about {least / speed / 60:.0f} min"
         )
     return fitted
