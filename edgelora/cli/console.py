@@ -30,6 +30,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from edgelora.cli.interrupts import no_interrupt_lost
 from edgelora.errors import EdgeLoRAError, NoImprovement
 from edgelora.hub.offline import offline as offline_if
 
@@ -200,7 +201,7 @@ def common_options(command: Command) -> Command:
             handlers=[RichHandler(console=err, show_path=False)],
             force=True,
         )
-        with offline_if(offline):
+        with offline_if(offline), no_interrupt_lost():
             return with_exit_codes(command, verbose)(*args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
