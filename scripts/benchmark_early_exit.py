@@ -7,17 +7,20 @@ TASKS holds `<task>/train.jsonl`, `test.jsonl` and `task.json` with source and c
 each task, lines of train.jsonl make the signature of the bank, and lines of test.jsonl ask for it;
 --type makes a copy of the base first, in a type of weights that is faster. speed: the same texts
 embedded by llama-cpp-python's Llama.embed and by ours, on one thread, in turn, the fastest round of
-each. One line of JSON is appended to RESULTS; `make bench-report` writes the tables.
+each; --bench adds llama-bench's pp (`make peers`). One line of JSON is appended to RESULTS;
+`make bench-report` writes the tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from build_peers import find_peers, is_built
 from early_exit.quality import measure_quality, read_tasks
 from early_exit.report import quality_table, speed_table
 from early_exit.speed import measure_speed
@@ -59,6 +62,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--type", help="quality: weights of a temporary copy of the base")
     parser.add_argument("--texts", type=int, default=48, help="speed: prompts")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--bench", action="store_true", help="speed: beside llama-bench too")
     parser.add_argument("--threads", type=int, default=0)
     return parser.parse_args()
 
@@ -79,7 +83,10 @@ def _speed(base: Path, depths: list[int], options: argparse.Namespace) -> dict[s
     n_each = -(-options.texts // len(tasks))
     tasks = read_tasks(options.tasks, n_each, 1, 1)
     texts = [e.messages[-1].content for task in tasks for e in task.known][: options.texts]
-    return measure_speed(base, texts, depths, options.rounds, options.threads or 1)
+    peers = find_peers() if options.bench else None
+    if peers and not is_built(peers):
+        sys.exit("llama-bench is not built: make peers")
+    return measure_speed(base, texts, depths, options.rounds, options.threads or 1, peers)
 
 
 if __name__ == "__main__":

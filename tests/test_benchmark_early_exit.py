@@ -86,6 +86,18 @@ def test_speed_is_measured_beside_llama_cpp_python(tmp_path: Path) -> None:
     assert row["depths"][1]["of_all"] == 1.0
     table = report.speed_table({**ABOUT, **row})
     assert "| edgelora, 1 of 4 layers |" in table and "at least 3.60 of all" in table
+    assert "llama-bench" not in table
+    beside = {"bench": 50.0, "of_bench": 0.951, "of_bench_median": 0.94, "theirs": 100.0}
+    table = report.speed_table({**ABOUT, **row, **beside})
+    assert "| llama-bench pp, one prompt | 50 | 0.50 |" in table
+    assert "to llama-bench's pp: 0.95 (at least 0.95: met), median of the rounds 0.94." in table
+
+
+def test_what_a_system_tells_of_itself_counts() -> None:
+    """llama-bench loads and warms up first: its own time stands, not that of the process."""
+    seconds = speed._take_turns({"told": lambda: 100.0, "timed": lambda: None}, rounds=2)
+    assert seconds["told"] == [100.0, 100.0]
+    assert len(seconds["timed"]) == 2 and max(seconds["timed"]) < 100
 
 
 def test_types_are_shown(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from result_lines import markdown_table
 
 from early_exit.quality import TARGETS, WAYS
-from early_exit.speed import FLOOR, REFERENCE
+from early_exit.speed import BENCH_FLOOR, FLOOR, REFERENCE
 
 Row = Mapping[str, Any]
 TITLES = {"bures": "nearest by Bures", "mixture": "weight in the mixture"}
@@ -69,6 +69,11 @@ def speed_table(row: Row) -> str:
         "",
     ]
     lines = [[f"{REFERENCE}, `Llama.embed`", f"{row['theirs']:.0f}", "1.00", "", "", ""]]
+    if "bench" in row:
+        share = row["bench"] / row["theirs"]
+        lines.append(
+            ["llama-bench pp, one prompt", f"{row['bench']:.0f}", f"{share:.2f}", "", "", ""]
+        )
     for depth in row["depths"]:
         n_layers, n = depth["n_layers"], row["n_layer"]
         whole = n_layers == n
@@ -89,9 +94,19 @@ def speed_table(row: Row) -> str:
         f"thread(s), fastest of {row['rounds']} rounds in turn ({row['cpu']}, {row['when']}, "
         f"commit {row['commit']}, llama-cpp-python {row['llama_cpp_python']}). All layers to "
         f"theirs, median of the rounds: {row['of_theirs_median']:.2f}; the vectors differ by "
-        f"{row['difference']:.1e} of their length."
+        f"{row['difference']:.1e} of their length.{_beside_bench(row)}"
     )
     return f"{what}\n\n{markdown_table(head, lines)}"
+
+
+def _beside_bench(row: Row) -> str:
+    if "bench" not in row:
+        return ""
+    verdict = "met" if row["of_bench"] >= BENCH_FLOOR else "**missed**"
+    return (
+        f" All layers to llama-bench's pp: {row['of_bench']:.2f} (at least {BENCH_FLOOR}: "
+        f"{verdict}), median of the rounds {row['of_bench_median']:.2f}."
+    )
 
 
 def _cell(cell: Row) -> str:

@@ -1,4 +1,4 @@
-"""Embedding against llama-cpp-python's own, on the same texts in one run, by layers."""
+"""Embedding against llama-cpp-python's own and llama-bench's pp, in one run, by layers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from build_peers import Peers
+from serve_benchmark.servers import Setting, bench_prompt
 
 from edgelora.engine.context import open_context
 from edgelora.engine.embed import WINDOW, embed
 from edgelora.engine.model import ModelOptions, open_model
 from edgelora.summarise import embedded_ids
 
-REFERENCE = "llama-cpp-python"
+REFERENCE, BENCH = "llama-cpp-python", "llama-bench"
 FLOOR = 0.9  # of n_layer / n_layers
+BENCH_FLOOR = 0.95
 
 
 def measure_speed(
-    path: Path, texts: Sequence[str], depths: Sequence[int], rounds: int, n_threads: int
+    path: Path,
+    texts: Sequence[str],
+    depths: Sequence[int],
+    rounds: int,
+    n_threads: int,
+    peers: Peers | None = None,
 ) -> dict[str, Any]:
     """Tokens a second: the fastest of `rounds`, in which each system has its turn.
 
-    Texts of more than a window are left out: llama-cpp-python would cut them.
+    Texts of more than a window are left out: llama-cpp-python would cut them. With `peers`,
+    llama-bench reads one prompt of as many tokens in each round, and times itself.
     """
     options = ModelOptions(n_threads=n_threads)
     with open_model(path, options) as model, open_context(model, hidden=True) as context:
@@ -43,6 +52,9 @@ def measure_speed(
             REFERENCE: lambda: vectors.update(theirs=theirs.embed(used)),
             **{str(depth): lambda depth=depth: ours(depth) for depth in depths},
         }
+        if peers is not None:
+            setting = Setting(path, n_threads)
+            systems[BENCH] = lambda: n_tokens / bench_prompt(peers, setting, n_tokens)
         seconds = _take_turns(systems, rounds)
     best = {name: min(times) for name, times in seconds.items()}
     drift = np.linalg.norm(vectors["0"] - np.array(vectors["theirs"])) / np.linalg.norm(
@@ -52,10 +64,10 @@ def measure_speed(
         "n_layer": n_layer, "n_texts": len(used), "n_tokens": n_tokens, "rounds": rounds,
         "n_threads": n_threads, "difference": float(drift),
         "theirs": n_tokens / best[REFERENCE],
+        **({"bench": n_tokens / best[BENCH], "of_bench": best[BENCH] / best["0"],
+            "of_bench_median": _median_ratio(seconds, BENCH)} if BENCH in best else {}),
         "of_theirs": best[REFERENCE] / best["0"],
-        "of_theirs_median": statistics.median(
-            a / b for a, b in zip(seconds[REFERENCE], seconds["0"], strict=True)
-        ),
+        "of_theirs_median": _median_ratio(seconds, REFERENCE),
         "depths": [
             {"n_layers": depth or n_layer, "tokens_per_s": n_tokens / best[str(depth)],
              "of_all": best["0"] / best[str(depth)],
@@ -64,6 +76,11 @@ def measure_speed(
             for depth in sorted(depths, key=lambda d: d or n_layer)
         ],
     }  # fmt: skip
+
+
+def _median_ratio(seconds: dict[str, list[float]], name: str) -> float:
+    """Seconds of `name` over those of all layers by ours, the median of the rounds."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds["0"], strict=True))
 
 
 def _open_llama(path: Path, n_threads: int) -> llama_cpp.Llama:
@@ -76,12 +93,13 @@ def _open_llama(path: Path, n_threads: int) -> llama_cpp.Llama:
 
 
 def _take_turns(systems: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Every round runs all of them, after one that is not counted."""
+    """Every round runs all of them, after one that is not counted; seconds, or what one told."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for number in range(rounds + 1):
         for name, run in systems.items():
             started = time.perf_counter()
-            run()
+            told = run()
             if number:
-                seconds[name].append(time.perf_counter() - started)
+                took = time.perf_counter() - started
+                seconds[name].append(told if isinstance(told, float) else took)
     return seconds

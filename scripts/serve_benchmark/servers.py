@@ -167,6 +167,15 @@ def bench_decode(peers: Peers, setting: Setting, depth: int, n_tokens: int) -> f
     return statistics.median(row["samples_ts"])
 
 
+def bench_prompt(peers: Peers, setting: Setting, n_tokens: int) -> float:
+    """Tokens a second of llama-bench's pp: one prompt, the head on its last token only."""
+    command = [str(peers.program("llama-bench")), "-m", str(setting.base), "-o", "json"]
+    command += ["-t", str(setting.n_threads), "-p", str(n_tokens), "-n", "0"]
+    command += ["-b", "512", "-ub", "512", "-fa", "1", "-r", "1"]
+    (row,) = json.loads(_output(command))
+    return float(row["avg_ts"])
+
+
 def _output(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
