@@ -6,16 +6,20 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import psutil
 
 INTERVAL_S = 0.05
 _CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (  # of version 2 and of version 1: folder, limit, usage, and a line of memory.stat
-    ("", "memory.max", "memory.current", "inactive_file"),
-    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+# Of version 2 and of version 1, by the controller: folder, limit, usage, a line of memory.stat.
+_CGROUP_FILES = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,32 @@ def sampled_peak(interval_s: float = INTERVAL_S) -> Iterator[PeakMemory]:
 
 
 def available_bytes() -> int:
-    """Memory that is free or can be freed, within the limit of this process's cgroup if any."""
-    free: int = psutil.virtual_memory().available
-    for folder, limit, used, cache in _CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # no such version; "max" is no limit
-            parts = [int((_CGROUP / folder / name).read_text()) for name in (limit, used)]
-            free = min(free, parts[0] - parts[1] + _evictable(_CGROUP / folder, cache))
-    return max(free, 0)
+    """Memory that is free or can be freed, within the limits of this process's cgroups if any."""
+    of_machine: int = psutil.virtual_memory().available
+    return max(0, min([of_machine, *(free for _, free in _cgroups())]))
+
+
+def limit_bytes() -> int:
+    """The memory of this machine, or the least limit of this process's cgroups."""
+    of_machine: int = psutil.virtual_memory().total
+    return min([of_machine, *(limit for limit, _ in _cgroups())])
+
+
+def _cgroups() -> Iterator[tuple[int, int]]:
+    """Limit and free bytes of each cgroup of this process that has a limit, up to the root."""
+    own = {"": "/", "memory": "/"}
+    with contextlib.suppress(OSError):  # another system
+        for line in _OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            own.update({name: path for name in controllers.split(",") if name in own})
+    for controller, (folder, limit, used, cache) in _CGROUP_FILES.items():
+        inside = PurePosixPath(own[controller])
+        # A container may be told the host's path, which is not there: the root is its own.
+        for at in (inside, *inside.parents):
+            group = _CGROUP / folder / str(at).lstrip("/")
+            with contextlib.suppress(OSError, ValueError):  # no such version; "max" is no limit
+                most, taken = (int((group / name).read_text()) for name in (limit, used))
+                yield most, most - taken + _evictable(group, cache)
 
 
 def _evictable(folder: Path, name: str) -> int:

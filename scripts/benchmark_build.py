@@ -6,9 +6,15 @@
 Each part is a command of this checkout in a process of its own, with a cache in FOLDER, over files
 with random values: they cost what real ones cost, and no answer means anything. Peak memory is
 RssAnon, sampled every 20 ms. `first` begins with an empty cache and `again` repeats it; `forward`
-and `gradient` are builds with --low-ram and small budgets, for their memory. Beside a build stand
-the rates of this machine that bound it: prompt tokens a second of this base alone, bytes a second
-of a copy in memory. Appends lines to results/build.jsonl; `make bench-report` writes the table.
+and `gradient` are builds with --low-ram for their memory, the latter one pass over N_LINES lines
+and the whole bank. Beside a build stand the rates of this machine that bound it: prompt tokens a
+second of this base alone, bytes a second of a copy in memory; beside all, what came from the disk
+meanwhile. The limit of the memory cgroup that all of this runs in, if any, is told too: as root,
+
+    mkdir /sys/fs/cgroup/small && echo 5000000000 > /sys/fs/cgroup/small/memory.max
+    sh -c 'echo $$ > /sys/fs/cgroup/small/cgroup.procs; exec python scripts/benchmark_build.py ...'
+
+Appends lines to results/build.jsonl; `make bench-report` writes the table.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +43,10 @@ from serve_benchmark.servers import Setting, edgelora
 from edgelora.engine.context import Row as Token
 from edgelora.engine.context import open_context
 from edgelora.engine.model import ModelOptions, open_model
+from edgelora.memory import limit_bytes
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "returns" / "train.jsonl"
-SMALL_BUDGET = "4000"
+N_LINES, BUDGET = 24, 20_000
 N_PROMPT = 512
 
 
@@ -64,9 +71,11 @@ def main() -> None:
         bed = Bed(options.shape, base, folder / "bank", folder / "peft-0",
                   options.data.resolve(), Path(scratch))  # fmt: skip
         os.environ["EDGELORA_CACHE"] = str(folder / "cache")
+        limit = limit_bytes()
+        limit_gb = round(limit / 1e9, 1) if limit < psutil.virtual_memory().total else None
         for part in options.parts:
             row = PARTS[part](bed) | {"part": part, "shape": bed.shape, "type": options.type}
-            row |= {"data": bed.data.name, **machine()}
+            row |= {"data": bed.data.name, "limit_gb": limit_gb, **machine()}
             print(json.dumps(row), flush=True)
             append_line(options.results, row)
 
@@ -78,12 +87,15 @@ def _first(bed: Bed) -> Row:
 
 
 def _forward(bed: Bed) -> Row:
-    return _build(bed, "--low-ram", "--refine", "forward", "--budget", SMALL_BUDGET, "--anew")
+    return _build(bed, "--low-ram", "--refine", "forward", "--anew")
 
 
 def _gradient(bed: Bed) -> Row:
-    steps = ("--low-ram", "--refine", "gradient", "--passes", "1")
-    return _build(bed, *steps, "--budget", str(10 * int(SMALL_BUDGET)), "--anew")
+    few = bed.folder / "few.jsonl"
+    lines = bed.data.read_text(encoding="utf-8").splitlines(keepends=True)
+    few.write_text("".join(lines[:N_LINES]), encoding="utf-8")
+    steps = ("--low-ram", "--refine", "gradient", "--passes", "1", "--budget", str(BUDGET))
+    return _build(replace(bed, data=few), *steps, "--anew")
 
 
 def _build(bed: Bed, *more: str) -> Row:
@@ -116,7 +128,7 @@ def _suggest(bed: Bed) -> Row:
 
 def _serve(bed: Bed) -> Row:
     """One slot of 4,096 tokens, with q8_0 keys and values, while it answers a request."""
-    setting = Setting(bed.base, os.cpu_count() or 1, n_slots=1, n_ctx=4096)
+    setting, read = Setting(bed.base, os.cpu_count() or 1, n_slots=1, n_ctx=4096), disk_read()
     body = {"prompt": "hello " * 40, "max_tokens": 8, "temperature": 0}
     started = time.monotonic()
     with edgelora(setting, options=["--low-ram", "--kv-type", "q8_0"]) as running:
@@ -131,7 +143,8 @@ def _serve(bed: Bed) -> Row:
                 peak = max(peak, anonymous(server))
                 time.sleep(0.02)
             answer.result().close()
-    return {"seconds": time.monotonic() - started, "peak_mb": peak / 1e6}
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "peak_mb": peak / 1e6, "disk_gb": (disk_read() - read) / 1e9}
 
 
 PARTS: dict[str, Callable[[Bed], Row]] = {
@@ -154,7 +167,7 @@ def command(*words: str | Path) -> tuple[Row, str]:
     Raises:
         SystemExit: it failed.
     """
-    started = time.monotonic()
+    started, read = time.monotonic(), disk_read()
     with tempfile.TemporaryFile("w+") as stdout:
         child = psutil.Popen([sys.executable, "-m", "edgelora", *map(str, words)], stdout=stdout)
         peak = watch(child, interval_s=0.02)
@@ -162,7 +175,14 @@ def command(*words: str | Path) -> tuple[Row, str]:
             raise SystemExit(f"edgelora {' '.join(map(str, words))}: exit {child.returncode}")
         seconds = time.monotonic() - started
         stdout.seek(0)
-        return {"seconds": seconds, "peak_mb": peak / 1e6}, stdout.read()
+        told = {"seconds": seconds, "peak_mb": peak / 1e6, "disk_gb": (disk_read() - read) / 1e9}
+        return told, stdout.read()
+
+
+def disk_read() -> int:
+    """Bytes that this machine has read from its disks; 0 where that is not told."""
+    counters = psutil.disk_io_counters()
+    return int(counters.read_bytes) if counters else 0
 
 
 def prompt_rate(base: Path) -> float:

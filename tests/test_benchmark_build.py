@@ -25,16 +25,25 @@ def test_builds_and_banks_are_measured(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(benchmark_build, "N_PROMPT", 32)
     monkeypatch.setattr(sys, "argv", [
         "benchmark_build", str(tmp_path), "--shape", "small", "--type", "q8_0", "--data", str(data),
-        "--results", str(results), "--parts", "first", "again", "convert", "ls",
+        "--results", str(results), "--parts", "first", "again", "gradient", "convert", "ls",
     ])  # fmt: skip
     benchmark_build.main()
     rows = {row["part"]: row for row in report.read_rows(results)}
-    assert list(rows) == ["first", "again", "convert", "ls"]
+    assert list(rows) == ["first", "again", "gradient", "convert", "ls"]
+    assert rows["gradient"]["options"][:3] == ["--low-ram", "--refine", "gradient"]
     assert rows["again"]["n_tokens"] == 0 < rows["first"]["n_tokens"]
     assert rows["first"]["prompt_tokens_per_s"] > 0 and rows["ls"]["n_adapters"] == 3
     assert all(row["peak_mb"] > 10 and row["seconds"] > 0 for row in rows.values())
     told = report.report(list(rows.values()))
     assert told.count(": met") >= 3 and "The plan, told after" in told
+
+
+def test_a_limit_of_memory_has_rows_of_its_own() -> None:
+    row = {"part": "serve", "shape": "s", "type": "q4_0", "seconds": 3.0, "peak_mb": 1.0}
+    small = {**row, "limit_gb": 5.0, "disk_gb": 4.08, "peak_mb": 2.0}
+    first, second = report.report([small, row]).splitlines()[2:]
+    assert "answer |" in first and first.endswith("| 1 | 700: met |  |")
+    assert "answer, in a cgroup of 5 GB |" in second and second.endswith("| 2 | 700: met | 4.1 |")
 
 
 def test_what_misses_its_bound_is_told() -> None:

@@ -110,6 +110,48 @@ def test_the_limit_of_a_cgroup_counts(
     assert memory.available_bytes() == 300_009
 
 
+@pytest.mark.parametrize(
+    ("own", "folder", "limit", "used"),
+    [("0::/a b/c\n", "", "max", "current"),
+     ("9:name=systemd:/\n4:cpu,memory:/a b/c\n0::/\n", "memory", "limit_in_bytes",
+      "usage_in_bytes")],
+    ids=["version 2", "version 1"],
+)  # fmt: skip
+def test_the_narrowest_of_the_cgroups_above_a_process_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str, folder: str, limit: str, used: str
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for path, most in (("a b/c", 9_000_000), ("a b", 1_000_000), ("other", 10)):
+        group = tmp_path / folder / path
+        group.mkdir(parents=True, exist_ok=True)
+        for name, text in {limit: str(most), used: "700000", "stat": "other 5\n"}.items():
+            (group / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
+    assert memory.available_bytes() == 300_000
+    assert memory.limit_bytes() == 1_000_000
+
+
+@pytest.mark.parametrize("own", ["0::/docker/of/the/host\n", "0::/../../elsewhere\n"])
+def test_a_container_that_is_told_the_host_s_path_has_the_root_s_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, text in {"max": "1000000", "current": "700000", "stat": "other 5\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "own")
+    assert memory.available_bytes() == 300_000
+
+
+def test_without_cgroups_the_machine_s_memory_is_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(memory, "_OWN_CGROUPS", tmp_path / "none")
+    assert memory.limit_bytes() == psutil.virtual_memory().total
+
+
 def test_a_cgroup_without_a_limit_leaves_the_machine_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

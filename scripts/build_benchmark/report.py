@@ -25,8 +25,8 @@ ESTIMATE = 0.25
 
 
 def read_rows(path: Path = RESULTS) -> list[Row]:
-    """The newest row of each part, shape and type."""
-    return newest(path, ("part", "shape", "type"))
+    """The newest row of each part, shape, type and limit of memory."""
+    return newest(path, ("part", "shape", "type", "limit_gb"))
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -34,15 +34,30 @@ def report(rows: Sequence[Row]) -> str:
     if not rows:
         return "Not measured yet."
     order = list(COMMANDS)
-    rows = sorted(rows, key=lambda row: (row["shape"], row["type"], order.index(row["part"])))
-    table = markdown_table(["command", "s", "at most", "MB", "at most"], map(_command, rows))
+    rows = sorted(
+        rows,
+        key=lambda row: (row["shape"], row["type"], order.index(row["part"]), _limit(row) or 0),
+    )
+    head = ["command", "s", "at most", "MB", "at most", "GB from disk"]
+    table = markdown_table(head, map(_command, rows))
     return "\n\n".join([table, *(_stages(row) for row in rows if "stages_s" in row)])
 
 
 def _command(row: Row) -> list[str]:
-    name, seconds, size_mb = COMMANDS[row["part"]]
-    return [name, f"{row['seconds']:.1f}", _bound(row["seconds"], seconds),
-            f"{row['peak_mb']:.0f}", _bound(row["peak_mb"], size_mb)]  # fmt: skip
+    _, seconds, size_mb = COMMANDS[row["part"]]
+    read = f"{row['disk_gb']:.1f}" if "disk_gb" in row else ""
+    return [_name(row), f"{row['seconds']:.1f}", _bound(row["seconds"], seconds),
+            f"{row['peak_mb']:.0f}", _bound(row["peak_mb"], size_mb), read]  # fmt: skip
+
+
+def _name(row: Row) -> str:
+    limit = _limit(row)
+    return COMMANDS[row["part"]][0] + (f", in a cgroup of {limit:g} GB" if limit else "")
+
+
+def _limit(row: Row) -> float | None:
+    limit: float | None = row.get("limit_gb")
+    return limit
 
 
 def _bound(value: float, bound: float | None) -> str:
@@ -55,10 +70,9 @@ def _stages(row: Row) -> str:
     """Seconds by stage, the longest first; the estimate beside what came; the rates that bound."""
     told = sorted(row["stages_s"].items(), key=lambda item: -item[1])
     stages = "; ".join(f"{name} {seconds:.1f}" for name, seconds in told if seconds >= 0.05)
-    name = COMMANDS[row["part"]][0]
     text = (
-        f"**{name}** ({row['shape']} {row['type']}, {row['data']}, {row['n_tokens']:,} tokens, "
-        f"{row['cpu']}, {row['n_cores']} cores, commit {row['commit']}), seconds: {stages}."
+        f"**{_name(row)}** ({row['shape']} {row['type']}, {row['data']}, {row['n_tokens']:,} "
+        f"tokens, {row['cpu']}, {row['n_cores']} cores, commit {row['commit']}), seconds: {stages}."
     )
     planned = row["planned"]
     if planned and planned["seconds"] and row["part"] == "first":
