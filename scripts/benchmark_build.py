@@ -60,6 +60,7 @@ class Bed:
     peft: Path
     data: Path
     folder: Path
+    n_threads: int
 
 
 def main() -> None:
@@ -69,13 +70,14 @@ def main() -> None:
     (base,) = folder.glob(f"{options.shape}-{options.type}.gguf")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         bed = Bed(options.shape, base, folder / "bank", folder / "peft-0",
-                  options.data.resolve(), Path(scratch))  # fmt: skip
+                  options.data.resolve(), Path(scratch), options.threads)  # fmt: skip
         os.environ["EDGELORA_CACHE"] = str(folder / "cache")
         limit = limit_bytes()
         limit_gb = round(limit / 1e9, 1) if limit < psutil.virtual_memory().total else None
         for part in options.parts:
             row = PARTS[part](bed) | {"part": part, "shape": bed.shape, "type": options.type}
             row |= {"data": bed.data.name, "limit_gb": limit_gb, **machine()}
+            row |= {"n_threads": bed.n_threads}
             print(json.dumps(row), flush=True)
             append_line(options.results, row)
 
@@ -101,7 +103,8 @@ def _gradient(bed: Bed) -> Row:
 def _build(bed: Bed, *more: str) -> Row:
     out = bed.folder / "adapter.gguf"
     words = ("build", "--base", bed.base, "--bank", bed.bank, "--data", bed.data, "--out", out)
-    run, stdout = command(*words, "--force", "--json", *more)
+    threads = ("--threads", str(bed.n_threads))
+    run, stdout = command(*words, *threads, "--force", "--json", *more)
     told = json.loads(stdout)
     kept = ("chosen", "n_tokens", "elapsed_s", "stages_s", "planned", "rank", "warnings")
     return run | {name: told[name] for name in kept} | {"options": list(more)}
@@ -216,6 +219,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--shape", default="mistral-7b")
     parser.add_argument("--type", default="q4_0", help="of the base's weights")
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--threads", type=int, default=0, help="of builds; 0: physical cores")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()

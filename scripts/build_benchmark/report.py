@@ -55,6 +55,11 @@ def _name(row: Row) -> str:
     return COMMANDS[row["part"]][0] + (f", in a cgroup of {limit:g} GB" if limit else "")
 
 
+def _threads(row: Row) -> str:
+    n_threads = row.get("n_threads", 0)
+    return f"{n_threads} thread(s)" if n_threads else f"{row['n_cores']} cores"
+
+
 def _limit(row: Row) -> float | None:
     limit: float | None = row.get("limit_gb")
     return limit
@@ -72,7 +77,7 @@ def _stages(row: Row) -> str:
     stages = "; ".join(f"{name} {seconds:.1f}" for name, seconds in told if seconds >= 0.05)
     text = (
         f"**{_name(row)}** ({row['shape']} {row['type']}, {row['data']}, {row['n_tokens']:,} "
-        f"tokens, {row['cpu']}, {row['n_cores']} cores, commit {row['commit']}), seconds: {stages}."
+        f"tokens, {row['cpu']}, {_threads(row)}, commit {row['commit']}), seconds: {stages}."
     )
     planned = row["planned"]
     if planned and planned["seconds"] and row["part"] == "first":
