@@ -75,5 +75,7 @@ def _merge(row: Row) -> list[str]:
         f"{peft['seconds'] / row['seconds']:.0f}" if peft else "",
         f"{peft['our_error']:.6f} / {peft['error']:.6f}" if peft else "",
         f"{dense['seconds']:.2f} / {dense['anonymous_mb']:.0f}",
-        f"{ours['seconds']:.2f} / {ours['anonymous_mb']:.0f}",
+        f"{ours['seconds']:.2f} / {ours['anonymous_mb']:.0f} "
+        f"(1/{dense['seconds'] / ours['seconds']:.1f} and "
+        f"1/{dense['anonymous_mb'] / ours['anonymous_mb']:.0f} of those)",
     ]
