@@ -29,6 +29,7 @@ from benchmark_merge import watched_memory
 from make_shape import SHAPES, draw_signature
 from numpy.typing import NDArray
 from result_lines import Row
+from result_lines.svg import save_svg
 
 from edgelora.adapters.base import read_base
 from edgelora.adapters.merge import merge_adapters, one_blas_thread
@@ -211,7 +212,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.plot(*zip(*some, strict=True), marker="o", label=stage)
     panel.set(xscale="log", yscale="log", xlabel="adapters in the bank", ylabel="seconds")
     panel.legend()
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,14 @@ from edgelora.bank import open_bank
 from edgelora.build.crossing import N_FOLDS, assign_folds, count_crossed_tokens, owners_of, without
 from edgelora.build.forward import SEARCHES, begin_search, find_trials
 from edgelora.build.linearising import _slopes, relinearised
-from edgelora.build.measuring import measure_adapters
 from edgelora.build.passes import Passes
 from edgelora.build.pool import Pool, open_pool
 from edgelora.build.proposals import WARM_STARTS
 from edgelora.build.search import Search
+from edgelora.build.states import measure_adapters, open_head
 from edgelora.build.trials import Budget, Trial, least_loss, score_trial
 from edgelora.datasets.read import read_dataset
 from edgelora.engine.context import open_context
-from edgelora.engine.hidden import head_matrix
 from edgelora.engine.model import Model, WeightedAdapter
 from edgelora.engine.prepare import model_template, tokenise_examples
 from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, score
@@ -91,7 +90,7 @@ def test_slopes_are_those_of_the_gradient_through_the_base(
     search = begin_search(model, pool, (), texts, "uniform", tmp_path, Budget(ENOUGH))
     (best,) = found_by(search, "uniform")
     here, slopes = _slopes(search, best, range(4))
-    _, downhill = surrogate._losses_and_slopes(here.hidden, here.targets, head_matrix(model))
+    _, downhill = surrogate._losses_and_slopes(here.hidden, here.targets, open_head(model))
     found = np.einsum("ktd,td->k", slopes, downhill) / len(here.targets)
     files = open_loras(pool.paths)
     names = {name for file in files for name in file.plan}
@@ -152,11 +151,10 @@ def test_no_more_is_computed_than_the_budget_allows(
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch, begin) -> list[int]:
     """Tokens of batches after embedding, which no budget of a search pays for."""
-    from edgelora.build import measuring
     from edgelora.engine.context import Context
 
     sizes: list[int] = []
-    real, measure = Context.decode, measuring.measure_adapters
+    real, measure = Context.decode, measure_adapters
 
     def counting(context: Context, rows):
         sizes.append(len(rows))

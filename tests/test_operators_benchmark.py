@@ -32,6 +32,7 @@ from operators_benchmark import (
 )
 from operators_benchmark.bench import Bench
 from operators_benchmark.costs import Meter
+from result_lines.svg import save_svg
 from scipy.spatial.distance import jensenshannon
 
 from edgelora.adapters.gguf_lora import open_lora
@@ -523,3 +524,18 @@ def test_items_are_kept_once(folder: Path, tmp_path: Path) -> None:
     assert len(again[3]["items"]["rouge_l"]) == 5 and "rouge_vs_base" in again[5]
     kept = results.read_results(tmp_path / "r.jsonl").values()
     assert [row["exact"] for row in kept] == [row["exact"] for row in again[3:]]
+
+
+def test_ids_in_a_picture_are_no_hashes(tmp_path: Path) -> None:
+    """Of coordinates, that is, whose last bits are another CPU's."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    for salt in ("one", "two"):
+        with matplotlib.rc_context({"svg.hashsalt": salt}):
+            figure = Figure()
+            figure.subplots().plot([1, 2], marker="o")
+            save_svg(figure, tmp_path / f"{salt}.svg")
+    one = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert one == (tmp_path / "two.svg").read_text(encoding="utf-8")
+    assert 'id="p1"' in one or 'id="m1"' in one

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from scipy.optimize import check_grad, minimize
 from scipy.special import log_softmax
 
 from edgelora.operators import surrogate
+from edgelora.operators.surrogate import WholeHead
 
 Array = NDArray[np.float64]
 
@@ -33,10 +34,29 @@ class Case:
         return float(-picked.mean() + penalty * ((w - self.start) ** 2).sum())
 
     def fit(self, penalty: float, max_steps: int = 30) -> Array:
-        return surrogate.fit(
-            self.base, self.adapters, self.targets, self.head,
+        return surrogate.fit_step(
+            self.base, self.adapters - self.base, self.targets, self.tiled,
             start=self.start, penalty=penalty, max_steps=max_steps,
         )  # fmt: skip
+
+    @property
+    def tiled(self) -> surrogate.Head:
+        """The head in tiles of four rows, the last of them smaller."""
+        return Tiles(self.head, 4)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    matrix: NDArray[np.float32]
+    n: int
+
+    def tiles(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """In one buffer, which the next tile overwrites."""
+        buffer = np.empty((self.n, self.matrix.shape[1]), np.float32)
+        for first in range(0, len(self.matrix), self.n):
+            part = self.matrix[first : first + self.n]
+            buffer[: len(part)] = part
+            yield first, buffer[: len(part)]
 
 
 @pytest.fixture(scope="module")
@@ -53,28 +73,54 @@ def test_one_token_by_hand() -> None:
     """Two words, whose logits are h and -h: the loss of the first is log(1 + exp(-2 h))."""
     hidden = np.array([[0.0], [0.5]], np.float32)
     head = np.array([[1.0], [-1.0]], np.float32)
-    losses = surrogate.token_losses(hidden, np.array([0, 0]), head)
+    losses = surrogate.token_losses(hidden, np.array([0, 0]), WholeHead(head))
     assert losses == pytest.approx([math.log(2), math.log(1 + math.exp(-1))], rel=1e-6)
 
 
 def test_a_minimum_by_hand() -> None:
     """Targets one of each word: by symmetry the best state is 0, where only w = -1 leads."""
     base, adapter = np.full((2, 1), 1.0, np.float32), np.full((1, 2, 1), 2.0, np.float32)
-    head = np.array([[1.0], [-1.0]], np.float32)
-    (w,) = surrogate.fit(base, adapter, np.array([0, 1]), head, start=np.zeros(1), penalty=1e-9)
+    head = WholeHead(np.array([[1.0], [-1.0]], np.float32))
+    (w,) = surrogate.fit_step(
+        base, adapter - base, np.array([0, 1]), head, start=np.zeros(1), penalty=1e-9
+    )
     assert w == pytest.approx(-1.0, abs=1e-3)
 
 
 def test_losses_are_those_of_a_log_softmax(case: Case) -> None:
-    losses = surrogate.token_losses(case.base, case.targets, case.head)
+    losses = surrogate.token_losses(case.base, case.targets, case.tiled)
     rows = log_softmax(case.base.astype(float) @ case.head.T.astype(float), axis=1)
     assert losses.dtype == np.float64
     np.testing.assert_allclose(losses, -rows[np.arange(20), case.targets], rtol=1e-5)
 
 
-def test_large_logits_do_not_overflow() -> None:
-    hidden, head = np.array([[1e3]], np.float32), np.array([[1.0], [-1.0]], np.float32)
-    assert surrogate.token_losses(hidden, np.array([1]), head) == pytest.approx([2e3])
+@pytest.mark.parametrize("n", [1, 2])
+def test_large_logits_do_not_overflow(n: int) -> None:
+    hidden, matrix = np.array([[1e3]], np.float32), np.array([[1.0], [-1.0]], np.float32)
+    assert surrogate.token_losses(hidden, np.array([1]), Tiles(matrix, n)) == pytest.approx([2e3])
+    backwards = Tiles(matrix[::-1].copy(), n)
+    assert surrogate.token_losses(hidden, np.array([0]), backwards) == pytest.approx([2e3])
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 11])
+def test_tiles_of_the_head_change_nothing(case: Case, n: int) -> None:
+    whole = surrogate._losses_and_slopes(case.base, case.targets, WholeHead(case.head))
+    found = surrogate._losses_and_slopes(case.base, case.targets, Tiles(case.head, n))
+    np.testing.assert_allclose(found[0], whole[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], whole[1], atol=2e-6)
+    softmax = np.exp(log_softmax(case.base.astype(float) @ case.head.T.astype(float), axis=1))
+    softmax[np.arange(20), case.targets] -= 1
+    np.testing.assert_allclose(whole[1], softmax @ case.head, atol=2e-6)
+
+
+def test_tokens_that_are_not_seen_do_not_count(case: Case) -> None:
+    seen = np.arange(20) % 3 > 0
+    part = Case(case.base[seen], case.adapters[:, seen], case.targets[seen], case.head, case.start)
+    found = surrogate.fit_step(
+        case.base, case.adapters - case.base, case.targets, case.tiled,
+        start=case.start, penalty=0.1, seen=seen,
+    )  # fmt: skip
+    np.testing.assert_allclose(found, part.fit(0.1), atol=1e-4)
 
 
 def test_the_slopes_are_the_gradient(case: Case) -> None:
@@ -82,11 +128,11 @@ def test_the_slopes_are_the_gradient(case: Case) -> None:
 
     def value(h: Array) -> float:
         state = h.reshape(1, -1).astype(np.float32)
-        return float(surrogate.token_losses(state, case.targets[:1], case.head)[0])
+        return float(surrogate.token_losses(state, case.targets[:1], case.tiled)[0])
 
     def slope(h: Array) -> Array:
         state = h.reshape(1, -1).astype(np.float32)
-        _, slopes = surrogate._losses_and_slopes(state, case.targets[:1], case.head)
+        _, slopes = surrogate._losses_and_slopes(state, case.targets[:1], case.tiled)
         return slopes[0].astype(float)
 
     at = case.base[0].astype(float)
@@ -134,7 +180,7 @@ def test_a_step_from_a_point_is_the_fit_of_the_moved_problem(case: Case) -> None
     point = np.array([0.4, -0.2, 0.1])
     at = (case.base + np.tensordot(point, deltas, axes=1)).astype(np.float32)
     step = surrogate.fit_step(
-        at, deltas, case.targets, case.head, start=case.start - point, penalty=0.3, max_steps=200
+        at, deltas, case.targets, case.tiled, start=case.start - point, penalty=0.3, max_steps=200
     )
     np.testing.assert_allclose(point + step, case.fit(0.3, max_steps=200), atol=2e-3)
 
@@ -155,7 +201,7 @@ def test_linearising_again_reaches_the_minimum_of_a_curved_loss(case: Case) -> N
         here = states(w)
         slopes = np.array([(states(w + 0.01 * e) - here) / 0.01 for e in np.eye(3)])
         step = surrogate.fit_step(
-            here.astype(np.float32), slopes.astype(np.float32), case.targets, case.head,
+            here.astype(np.float32), slopes.astype(np.float32), case.targets, case.tiled,
             start=np.zeros(3), penalty=0.05,
         )  # fmt: skip
         fraction, found = surrogate.shrink(lambda f, w=w, s=step: loss(w + f * s), losses[-1])
@@ -175,7 +221,7 @@ def test_held_out_losses_are_those_of_fits_without_the_fold(case: Case) -> None:
     deltas = case.adapters - case.base
     start = np.zeros(3)
     found = surrogate.held_out_losses(
-        case.base, deltas, case.targets, case.head, owners, start=start, penalties=(0.05, 2.0)
+        case.base, deltas, case.targets, case.tiled, owners, start=start, penalties=(0.05, 2.0)
     )
     for penalty, told in zip((0.05, 2.0), found, strict=True):
         total = 0.0
@@ -188,7 +234,7 @@ def test_held_out_losses_are_those_of_fits_without_the_fold(case: Case) -> None:
         assert told == pytest.approx(total / 20, abs=1e-4)
     with pytest.raises(ValueError, match="3 folds of 2 examples"):
         surrogate.held_out_losses(
-            case.base[:4], deltas[:, :4], case.targets[:4], case.head, np.array([0, 0, 1, 1]),
+            case.base[:4], deltas[:, :4], case.targets[:4], case.tiled, np.array([0, 0, 1, 1]),
             start=start, penalties=(1.0,), n_folds=3,
         )  # fmt: skip
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.build.proposals import ACTIVATED, WARM_STARTS, Measured
+from edgelora.build.proposals import ACTIVATED, WARM_STARTS
 from edgelora.build.records import Options
-from edgelora.engine.hidden import CompletionStates
+from edgelora.build.states import Measured
 from edgelora.engine.score import TokenisedExample, count_tokens
 
 N_FOLDS = 3
@@ -59,14 +59,4 @@ def part_of(
 
 def without(measured: Measured, left_out: NDArray[np.bool_]) -> Measured:
     """What was measured, but for the tokens (t,) that are left out."""
-    kept = ~left_out
-
-    def cut(states: CompletionStates) -> CompletionStates:
-        return CompletionStates(states.hidden[kept], states.targets[kept])
-
-    return replace(
-        measured,
-        by_token=measured.by_token[:, kept],
-        base=cut(measured.base),
-        alone=[cut(states) for states in measured.alone],
-    )
+    return replace(measured, seen=measured.seen & ~left_out)

@@ -19,13 +19,14 @@ from edgelora.adapters.merge import (
     merge_adapters,
 )
 from edgelora.bank.records import signature_path
-from edgelora.build.proposals import Measured, Nearness
+from edgelora.build.proposals import Nearness
 from edgelora.build.records import CROSSED, Built, Judgement, count_steps
+from edgelora.build.states import Measured
 from edgelora.build.trials import Recipe, Trial
 from edgelora.build.work import Parts, Work
-from edgelora.engine.context import Context, open_context
+from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
-from edgelora.engine.score import Score, mean_loss, paired_interval, score
+from edgelora.engine.score import Score, mean_loss, open_for, paired_interval, score
 from edgelora.errors import NoImprovement
 from edgelora.files import publish, write_atomic
 from edgelora.operators.arbiter import Candidate
@@ -143,7 +144,7 @@ def publish_unjudged(
     """
     with publish(work.out, force=work.options.force) as temporary:
         merge = write(temporary)
-        with open_context(work.model) as context, applied(context, temporary):
+        with open_for(work.model, []) as context, applied(context, temporary):
             pass
         keep_signature(work, nearness)
     return merge

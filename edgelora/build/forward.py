@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgelora.build.crossing import without
 from edgelora.build.linearising import relinearised
-from edgelora.build.measuring import SHARE_FOR_ADAPTERS, measure_adapters
+from edgelora.build.measuring import SHARE_FOR_ADAPTERS
 from edgelora.build.passes import Passes
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import (
@@ -25,11 +25,12 @@ from edgelora.build.proposals import (
 )
 from edgelora.build.records import DEFAULT_DISTANCE, Options
 from edgelora.build.search import N_LINEARISATIONS, Search, release
+from edgelora.build.states import measure_adapters
 from edgelora.build.trials import Budget, Trial, least_loss, measure_trial, try_scales_without
 from edgelora.datasets.records import Example
-from edgelora.engine.context import Context, open_context
+from edgelora.engine.context import Context
 from edgelora.engine.model import Model
-from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.engine.score import TokenisedExample, count_tokens, open_for
 from edgelora.errors import EdgeLoRAError
 from edgelora.operators import searches
 from edgelora.operators.heads import gibbs
@@ -57,13 +58,13 @@ def begin_search(
         examples, texts: the same, as they were read and as token ids.
         budget: embedding the examples is not taken from it.
     """
-    with open_context(model, hidden=True) as context:
+    with open_for(model, texts, hidden=True) as context:
         nearness = find_nearness(context, pool, examples, DEFAULT_DISTANCE, seed)
         positions, shown = shortlist(pool, texts, nearness, int(SHARE_FOR_ADAPTERS * budget.left))
         if not needs_losses(Options(operator=operator, refine="forward")):
             positions = []
         budget.take((1 + len(positions)) * count_tokens(shown))
-        measured = measure_adapters(context, pool, positions, shown)
+        measured = measure_adapters(context, pool, positions, shown, folder=folder)
     return Search(
         model, pool, shown, nearness, measured if positions else None, folder, budget,
         n_linearisations, seed,
@@ -102,7 +103,7 @@ def halving(search: Search, trials: Sequence[Trial]) -> Trial:
     k = len(pool.records)
     distances = search.nearness.distances if search.nearness else np.zeros(k)
     field = np.argsort(distances, kind="stable")[: max(1, n_arms)].tolist()
-    with open_context(search.model) as context:
+    with open_for(search.model, search.examples) as context:
 
         def measure(arm: int, start: int, end: int) -> tuple[Array, Array]:
             search.progress("halving the field, examples", end, len(examples))
@@ -151,7 +152,7 @@ def _try(search: Search, operator: str, trials: list[Trial]) -> None:
         propose(pool, nearness, without(measured, out) if measured else None, operator)
         for out in search.left_out
     ]
-    with open_context(search.model) as context:
+    with open_for(search.model, search.examples) as context:
         for done, (name, coefficients) in enumerate(proposals):
             search.progress("trying candidates", done, len(proposals))
             made = search.make(name, coefficients)
@@ -187,7 +188,7 @@ def _beside(
     others = [i for i in others if pool.paths[i] != best.path][: searches.MAX_VARIABLES - 1]
     files = [best.path, *(pool.paths[i] for i in others)]
     start = np.array([best.candidate.scale, *np.zeros(len(others))])
-    with open_context(search.model) as context:
+    with open_for(search.model, search.examples) as context:
         passes = Passes(context, files, search.examples, search.budget)
         n_done, stage = 0, f"{name} search, passes"
 

@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.build.crossing import owners_of
-from edgelora.build.proposals import measure_alone
 from edgelora.build.search import Search, release
+from edgelora.build.states import measure_slopes
 from edgelora.build.trials import Trial, least_loss
-from edgelora.engine.context import open_context
 from edgelora.engine.hidden import CompletionStates, completion_states
 from edgelora.engine.model import WeightedAdapter
-from edgelora.engine.score import count_tokens, mean_loss, score
+from edgelora.engine.score import count_tokens, mean_loss, open_for, score
 from edgelora.operators import surrogate
 
 Array = NDArray[np.float64]
@@ -90,8 +89,10 @@ def steps_of(
     ]
     found = []
     for start, out in starts:
-        known = here.hidden[~out], slopes[:, ~out], here.targets[~out], search.measured.head
-        step = surrogate.fit_step(*known, start=start, penalty=penalty) - start
+        step = surrogate.fit_step(
+            here.hidden, slopes, here.targets, search.measured.head,
+            start=start, penalty=penalty, seen=~out,
+        ) - start  # fmt: skip
         found.append(search.pool.spread(positions, step))
     return tuple(found)
 
@@ -113,22 +114,20 @@ def _slopes(
 ) -> tuple[CompletionStates, NDArray[np.float32]]:
     """States at a trial, and their slopes along some adapters, (n, t, d)."""
     stage = "measuring adapters at the best"
-    with open_context(search.model, hidden=True) as context:
+    with open_for(search.model, search.examples, hidden=True) as context:
         context.apply(best.weighted())
         here = completion_states(context, search.examples)
-        near = measure_alone(
+        slopes = measure_slopes(
             context,
             [search.pool.paths[i] for i in positions],
             search.examples,
+            here,
             lambda done, total: search.progress(stage, done, total),
             at=best.weighted(),
             weight=DELTA,
+            folder=search.folder,
         )
         release(context, best.path)
-    slopes = np.empty((len(near), *here.hidden.shape), np.float32)
-    for i, states in enumerate(near):
-        np.subtract(states.hidden, here.hidden, out=slopes[i])
-    slopes /= DELTA
     return here, slopes
 
 
@@ -137,7 +136,7 @@ def _checked(search: Search, name: str, best: Trial, steps: tuple[Array, ...]) -
     step, *folded = steps
     cost = count_tokens(search.examples)
     made = search.make(name, best.weights + step)
-    with open_context(search.model) as context:
+    with open_for(search.model, search.examples) as context:
 
         def loss(fraction: float) -> float:
             if not search.budget.take(cost):

@@ -6,33 +6,30 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from edgelora.build.allowance import shown_of
 from edgelora.build.pace import estimate_merges, measure_merge
-from edgelora.build.pool import Pool
 from edgelora.build.proposals import (
-    Measured,
     Nearness,
     count_candidates,
     find_nearness,
-    losses_of,
-    measure_alone,
-    measure_base,
     needs_losses,
     shortlist,
 )
 from edgelora.build.records import Plan
 from edgelora.build.search import count_search_passes
+from edgelora.build.states import Measured, measure_adapters
 from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import UNTOUCHED, Parts, Work
 from edgelora.datasets.records import Example
 from edgelora.datasets.split import Split
-from edgelora.engine.context import Context, open_context
-from edgelora.engine.hidden import head_matrix
-from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.engine.context import Context
+from edgelora.engine.score import TokenisedExample, count_tokens, open_for
 from edgelora.errors import EngineError
+from edgelora.operators.surrogate import token_losses
 from edgelora.summarise import DEFAULT_N_EMBEDDED, affordable_examples
 
 _SHARE_FOR_EMBEDDING = 0.4
@@ -41,12 +38,17 @@ _EMBEDDING = "embedding your examples"
 
 
 def measure_parts(
-    work: Work, split: Split, parts: Parts, nearness: Nearness | None = None
+    work: Work,
+    split: Split,
+    parts: Parts,
+    nearness: Nearness | None = None,
+    folder: Path | None = None,
 ) -> tuple[Nearness | None, Measured, list[TokenisedExample]]:
     """Distances by embeddings, then the loss of each adapter alone on support examples.
 
     Args:
         nearness: the distances, where they are known.
+        folder: see states.measure_slopes.
 
     Returns:
         The distances (None without any signature), the losses, and the examples shown.
@@ -56,7 +58,7 @@ def measure_parts(
         EngineError: a loss is not a number.
     """
     pool = work.pool
-    with open_context(work.model, hidden=True) as context:
+    with open_for(work.model, parts.support, hidden=True) as context:
         if nearness is None:
             nearness = embed_and_compare(work, context, split.support, _SHARE_FOR_EMBEDDING)
         share = int(SHARE_FOR_ADAPTERS * work.budget.left)
@@ -78,35 +80,10 @@ def measure_parts(
                 _plan(work, parts, len(positions), shown, speed)
             ),
             progress=partial(work.listener.progress, "measuring adapters"),
+            folder=folder,
         )
     _refuse_nonfinite(work, measured)
     return nearness, measured, shown
-
-
-def measure_adapters(
-    context: Context,
-    pool: Pool,
-    positions: list[int],
-    shown: Sequence[TokenisedExample],
-    *,
-    planned: Callable[[float], None] = lambda tokens_per_s: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Measured:
-    """One pass for the base, and one for each of some adapters alone.
-
-    Args:
-        context: opened with `hidden=True`.
-        planned: told the speed, in tokens a second, of the first adapters (of the base, without
-            any) before the others begin.
-    """
-    base, tokens_per_s = measure_base(context, shown)
-    alone = measure_alone(
-        context, [pool.paths[i] for i in positions], shown, progress, planned=planned
-    )
-    if not positions:
-        planned(tokens_per_s)
-    head = head_matrix(context.model)
-    return Measured(positions, losses_of(alone, head), base, alone, head)
 
 
 def embed_and_compare(
@@ -177,7 +154,7 @@ def _share_of_layers(work: Work) -> float:
 
 def _refuse_nonfinite(work: Work, measured: Measured) -> None:
     """Losses that are not numbers: nothing sound can be made of them."""
-    base_loss = losses_of([measured.base], measured.head)
+    base_loss = token_losses(measured.base.hidden, measured.base.targets, measured.head)
     if not np.isfinite(base_loss).all():
         raise EngineError(
             f"{work.model.base.path}: the base's own loss is not a number",

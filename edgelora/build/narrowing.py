@@ -12,7 +12,7 @@ from edgelora.build.pace import estimate_merges, measure_speed
 from edgelora.build.proposals import ACTIVATED, NONE, Nearness
 from edgelora.build.work import Parts, Work
 from edgelora.datasets.split import Split
-from edgelora.engine.context import open_context
+from edgelora.engine.score import open_for
 
 # Of the time that a build has: for its combinations, and for embedding before the bank is narrowed.
 _SHARE_FOR_MERGES = 0.25
@@ -46,7 +46,7 @@ def narrow_to_time(work: Work, split: Split, parts: Parts) -> Nearness | None:
     n_kept = max(LEAST_KEPT, n_kept)
     n_tokens = measure_speed(work, parts.support) * limit_s
     share = _SHARE_FOR_EMBEDDING * min(1.0, n_tokens / max(1, work.budget.left))
-    with open_context(work.model, hidden=True) as context:
+    with open_for(work.model, parts.support, hidden=True) as context:
         nearness = embed_and_compare(work, context, split.support, share)
     assert nearness is not None
     kept = np.sort(np.argsort(nearness.distances, kind="stable")[:n_kept]).tolist()

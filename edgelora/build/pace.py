@@ -21,9 +21,9 @@ from edgelora.build.records import AUTO, Options
 from edgelora.build.search import N_LINEARISATIONS, release
 from edgelora.build.trials import Budget
 from edgelora.build.work import Parts, Work, count_reserved_tokens
-from edgelora.engine.context import Row, open_context
+from edgelora.engine.context import Row
 from edgelora.engine.model import WeightedAdapter
-from edgelora.engine.score import TokenisedExample, count_tokens
+from edgelora.engine.score import TokenisedExample, count_tokens, open_for
 from edgelora.errors import InvalidFile
 from edgelora.gradient.descent import DescentOptions
 
@@ -176,7 +176,7 @@ def measure_speed(work: Work, texts: Sequence[TokenisedExample]) -> float:
 def _time_batches(work: Work, texts: Sequence[TokenisedExample]) -> float:
     ids = [token for text in texts for token in (*text.prompt, *text.completion)]
     adapter = work.pool.paths[0]
-    with open_context(work.model) as context:
+    with open_for(work.model, texts) as context:
         n = min(_N_TIMED, context.n_batch, context.n_ctx)
         rows = [Row(ids[i % len(ids)], i, 0, output=i == n - 1) for i in range(n)]
         warm = [replace(row, output=False) for row in rows[:_N_WARM]]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +11,10 @@ from numpy.typing import NDArray
 from edgelora.build.kernels import open_mixture
 from edgelora.build.pool import Pool
 from edgelora.build.records import Options
+from edgelora.build.states import Measured
 from edgelora.datasets.records import Example
 from edgelora.embedding_cache import open_cache
 from edgelora.engine.context import Context
-from edgelora.engine.hidden import CompletionStates, completion_states
-from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.errors import EdgeLoRAError
 from edgelora.operators import surrogate
@@ -43,29 +40,6 @@ MIN_SHOWN = 6
 # Candidates of "auto" that are one adapter each (nearest, least loss), and those that are sums
 # with weights from losses.
 N_SINGLE, N_FITTED = 2, 1 + len(PENALTIES)
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What forward passes of single adapters told.
-
-    Attributes:
-        positions: of the m adapters measured, in the pool.
-        by_token: (m, t) nats of each completion token under each adapter alone.
-        base, alone: the states that predict the completions, without and with each adapter.
-        head: (v, d) float32.
-    """
-
-    positions: list[int]
-    by_token: Array
-    base: CompletionStates
-    alone: list[CompletionStates]
-    head: NDArray[np.float32]
-
-    @property
-    def losses(self) -> Array:
-        """(m,) mean nats a token of each alone."""
-        return np.asarray(self.by_token.mean(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,55 +118,6 @@ def shortlist(
     everything = np.arange(len(pool.records))
     order = np.argsort(nearness.distances, kind="stable") if nearness else everything
     return sorted(int(i) for i in order[:n_measured]), shown
-
-
-def measure_base(
-    context: Context, shown: Sequence[TokenisedExample]
-) -> tuple[CompletionStates, float]:
-    """The base's own pass, and its speed in tokens a second."""
-    context.apply([])
-    started = time.perf_counter()
-    base = completion_states(context, shown)
-    return base, count_tokens(shown) / (time.perf_counter() - started)
-
-
-def measure_alone(
-    context: Context,
-    paths: Sequence[Path],
-    shown: Sequence[TokenisedExample],
-    progress: Callable[[int, int], None],
-    *,
-    at: Sequence[WeightedAdapter] = (),
-    weight: float = 1.0,
-    planned: Callable[[float], None] = lambda tokens_per_s: None,
-) -> list[CompletionStates]:
-    """One pass for each adapter, each loaded for its own pass only.
-
-    Args:
-        context: opened with `hidden=True`.
-        progress: (adapters done, adapters in all).
-        at: what is applied beside each, at `weight`.
-        planned: told the speed of the faster of the first two, in tokens a second.
-    """
-    alone, speeds = [], []
-    for done, path in enumerate(paths):
-        progress(done, len(paths))
-        started = time.perf_counter()
-        context.apply([*at, WeightedAdapter(path, weight)])
-        alone.append(completion_states(context, shown))
-        speeds.append(count_tokens(shown) / (time.perf_counter() - started))
-        if done == min(1, len(paths) - 1):
-            planned(max(speeds))
-        context.apply([])
-        context.model.unload(path)
-    progress(len(paths), len(paths))
-    return alone
-
-
-def losses_of(states: Sequence[CompletionStates], head: NDArray[np.float32]) -> Array:
-    """Nats of each token under each, (m, t)."""
-    rows = [surrogate.token_losses(s.hidden, s.targets, head) for s in states]
-    return np.stack(rows) if rows else np.zeros((0, 1))
 
 
 def propose(
@@ -310,16 +235,16 @@ def _gibbs(pool: Pool, measured: Measured) -> Array:
 
 def _surrogates(pool: Pool, measured: Measured) -> list[Proposal]:
     start = gibbs(measured.losses, temperature=LOSS_TEMPERATURE)
-    hidden = np.stack([states.hidden for states in measured.alone])
     found = []
     for penalty in PENALTIES:
-        fitted = surrogate.fit(
+        fitted = surrogate.fit_step(
             measured.base.hidden,
-            hidden,
+            measured.slopes,
             measured.base.targets,
             measured.head,
             start=start,
             penalty=penalty,
+            seen=measured.seen,
         )
         found.append((f"surrogate, penalty {penalty:g}", pool.spread(measured.positions, fitted)))
     return found

@@ -48,7 +48,6 @@ from edgelora.build.proposals import (
     ACTIVATED,
     NONE,
     OPERATOR_NAMES,
-    Measured,
     Nearness,
     propose,
 )
@@ -64,6 +63,7 @@ from edgelora.build.records import (
 from edgelora.build.refining import OBJECTIVE_WORDS, refine
 from edgelora.build.search import Search
 from edgelora.build.state import State, open_state
+from edgelora.build.states import Measured
 from edgelora.build.trials import (
     Budget,
     Trial,
@@ -81,10 +81,10 @@ from edgelora.build.work import (
 from edgelora.datasets.records import Dataset
 from edgelora.datasets.split import Split, split_examples
 from edgelora.datasets.template import Template
-from edgelora.engine.context import Context, open_context
+from edgelora.engine.context import Context
 from edgelora.engine.model import Model
 from edgelora.engine.prepare import tokenise_examples
-from edgelora.engine.score import TokenisedExample
+from edgelora.engine.score import TokenisedExample, open_for
 from edgelora.errors import AlreadyExists, DatasetError, EdgeLoRAError
 from edgelora.files import publish, working_folder
 from edgelora.gradient.descent import OBJECTIVES
@@ -194,10 +194,10 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
         steps = _open_steps(work, stack, parts.support, opened, seconds, parts.is_crossed)
-        nearness, measured, shown = measure_parts(work, split, parts, near)
+        nearness, measured, shown = measure_parts(work, split, parts, near, folder)
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
-        context = stack.enter_context(open_context(work.model))
+        context = stack.enter_context(open_for(work.model, parts.all))
         if activations is not None:
             trials.append(try_activated(work, context, activations, nearness, shown, folder))
         made = _take_steps(work, context, steps, nearness, parts, shown, folder, trials)
@@ -237,7 +237,7 @@ def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
         steps = _open_steps(work, stack, texts, None, seconds, has_completions=False)
         if activations is None and steps is None:
             cut_embedding_to_time(work, texts)
-        with open_context(work.model, hidden=True) as hidden:
+        with open_for(work.model, texts, hidden=True) as hidden:
             nearness = embed_and_compare(work, hidden, dataset.examples, 1.0)
         by = "distances" if activations is None else "activations"
         work.listener.plan(plan_unmeasured(work, len(dataset.examples), by))

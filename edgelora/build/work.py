@@ -40,6 +40,11 @@ class Parts:
     part: str
 
     @property
+    def all(self) -> list[TokenisedExample]:
+        """The examples of all parts."""
+        return [*self.support, *self.selection, *self.judged]
+
+    @property
     def is_crossed(self) -> bool:
         """Whether candidates are cross-validated."""
         return self.part == CROSSED

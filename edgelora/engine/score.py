@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.engine.context import Context, Row
+from edgelora.engine.context import Context, Row, open_context
+from edgelora.engine.model import Model
 from edgelora.errors import EngineError
 from edgelora.metrics import paired_bootstrap
 
 _MIN_SHARED = 8
+# Of a context for scoring: tokens of a sequence; with low_ram cells, at least, and of one decode.
+_N_CTX, _LOW_RAM_CELLS, _LOW_RAM_BATCH = 4096, 1024, 256
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,26 @@ class Score:
     nll: float
     n_tokens: int
     answer: tuple[int, ...] = ()
+
+
+def open_for(
+    model: Model, examples: Sequence[TokenisedExample], *, hidden: bool = False
+) -> AbstractContextManager[Context]:
+    """A context for passes over these examples; with low_ram it is no larger than they need.
+
+    Args:
+        hidden: see open_context.
+
+    Raises:
+        EngineError: see open_context.
+    """
+    if not model.options.low_ram:
+        return open_context(model, n_ctx=_N_CTX, hidden=hidden)
+    longest = max((example.n_tokens for example in examples), default=0)
+    n_ctx = min(_N_CTX, max(_LOW_RAM_CELLS, longest))
+    if hidden:  # texts are embedded in windows of a whole decode
+        return open_context(model, n_ctx=n_ctx, hidden=True)
+    return open_context(model, n_ctx=n_ctx, n_batch=_LOW_RAM_BATCH)
 
 
 def mean_loss(scores: Sequence[Score]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from edgelora.gradient.observers import CoefficientGradients
 from edgelora.gradient.stacks import Stack
 from edgelora.gradient.variables import Combination
 from edgelora.gradient.weights import Array
+from edgelora.scratch import mapped_array
 
 Float64 = NDArray[np.float64]
 
@@ -166,11 +166,7 @@ def _room(sizes: Sequence[int], scratch: Path | None) -> list[Array]:
     if 4 * n_values <= _IN_MEMORY_BYTES:
         whole: Array = np.zeros(n_values, np.float32)
     else:
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            for size in sizes:  # a hole would end the process with SIGBUS where the disk is full
-                file.write(bytes(4 * size * size))
-            file.flush()
-            whole = np.memmap(file, np.float32, "r+", shape=(n_values,))
+        whole = mapped_array((n_values,), folder=scratch)
     ends = np.cumsum([size * size for size in sizes])
     parts = np.split(whole, ends[:-1])
     return [part.reshape(size, size) for part, size in zip(parts, sizes, strict=True)]

@@ -23,7 +23,7 @@ from edgelora.gradient.hyperparameters import (
     read_hyperparameters,
     rope_angles,
 )
-from edgelora.gradient.kept import open_stack
+from edgelora.gradient.kept import make_stack
 from edgelora.gradient.observers import Observer
 from edgelora.gradient.packing import Pack, packs, refuse_unusable
 from edgelora.gradient.updates import Updates
@@ -185,25 +185,25 @@ class Decoder:
         blocks = self._blocks(pack, linears)
         x = self.weights.embed(EMBEDDING, pack.tokens)
         kept: list[Activations] = []
-        with open_stack(options.scratch, len(blocks), x) as inputs:
-            for number, block in enumerate(blocks):
-                made = block.activations(x)
-                if len(blocks) - number <= options.keep_bytes // made.nbytes:
-                    kept.append(made)
-                else:
-                    inputs.append(x)
-                x = block.output(made)
-                del made
-                progress(1)
-            d_x = np.zeros_like(x)
-            losses, d_x[pack.outputs] = Head(linears, self.model).gradients(
-                x[pack.outputs], pack.targets, options.objective, weight, observe
-            )
-            for block in reversed(blocks):
-                made = kept.pop() if kept else block.activations(inputs.pop())
-                d_x = block.backward(d_x, made, observe)
-                del made
-                progress(2)
+        inputs = make_stack(options.scratch, len(blocks), x)
+        for number, block in enumerate(blocks):
+            made = block.activations(x)
+            if len(blocks) - number <= options.keep_bytes // made.nbytes:
+                kept.append(made)
+            else:
+                inputs.append(x)
+            x = block.output(made)
+            del made
+            progress(1)
+        d_x = np.zeros_like(x)
+        losses, d_x[pack.outputs] = Head(linears, self.model).gradients(
+            x[pack.outputs], pack.targets, options.objective, weight, observe
+        )
+        for block in reversed(blocks):
+            made = kept.pop() if kept else block.activations(inputs.pop())
+            d_x = block.backward(d_x, made, observe)
+            del made
+            progress(2)
         return losses
 
     def _packs(self, examples: Sequence[TokenisedExample], options: PassOptions) -> Sequence[Pack]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from edgelora.gradient.weights import Array
+from edgelora.scratch import mapped_array
 
 
 class Stack(Protocol):
@@ -39,21 +37,12 @@ class _Mapped:
         return np.asarray(self._slots[self._n])
 
 
-@contextlib.contextmanager
-def open_stack(scratch: Path | None, n: int, like: Array) -> Iterator[Stack]:
+def make_stack(scratch: Path | None, n: int, like: Array) -> Stack:
     """A stack for `n` arrays as `like`; with `scratch`, a folder on a disk, they lie in a file.
-
-    The file has no name, or is gone with the end of the block, whatever ends it.
 
     Raises:
         OSError: the folder does not exist, or its disk is full.
     """
     if scratch is None:
-        yield []
-        return
-    with tempfile.TemporaryFile(dir=scratch) as file:
-        # A hole would end the process with SIGBUS where the disk is full; writing says so.
-        for _ in range(n):
-            file.write(bytes(like.nbytes))
-        file.flush()
-        yield _Mapped(np.memmap(file, like.dtype, "r+", shape=(n, *like.shape)))
+        return []
+    return _Mapped(mapped_array((n, *like.shape), like.dtype, scratch))

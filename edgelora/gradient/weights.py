@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,10 +59,9 @@ class Weights:
 
     def times(self, x: Array, name: str) -> Array:
         """x W^T for W (out, in): x is (t, in), the result (t, out)."""
-        n_out, n_in = self.gguf.tensors[name].shape
-        y = np.empty((len(x), n_out), self.dtype)
-        for rows in _steps(n_out, self._tile // n_in, 1):
-            np.matmul(x, self._in_float(name, rows, slice(0, n_in)).T, out=y[:, rows])
+        y = np.empty((len(x), self.gguf.tensors[name].shape[0]), self.dtype)
+        for first, tile in self.tiles(name):
+            np.matmul(x, tile.T, out=y[:, first : first + len(tile)])
         return y
 
     def times_back(self, g: Array, name: str) -> Array:
@@ -80,6 +80,15 @@ class Weights:
                 else:
                     dx[:, columns] += g[:, rows] @ tile
         return dx
+
+    def tiles(self, name: str) -> Iterator[tuple[int, Array]]:
+        """All rows of a matrix, a tile at a time, each with the number of its first row.
+
+        A tile is valid until the next.
+        """
+        n_out, n_in = self.gguf.tensors[name].shape
+        for rows in _steps(n_out, self._tile // n_in, 1):
+            yield rows.start, self._in_float(name, rows, slice(0, n_in))
 
     def _blocks(self, name: str) -> NDArray[np.uint8]:
         """The stored bytes, (out, blocks of a row, bytes of a block)."""

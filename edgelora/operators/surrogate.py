@@ -15,71 +15,81 @@ arXiv:0812.0423), here without derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 States = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
-def token_losses(hidden: States, targets: NDArray[np.int64], head: States) -> NDArray[np.float64]:
+class Head(Protocol):
+    """The matrix (v, d) that makes logits of states."""
+
+    def tiles(self) -> Iterator[tuple[int, States]]:
+        """All rows, some at a time and with the number of the first; valid until the next."""
+
+
+@dataclass(frozen=True, eq=False)
+class WholeHead:
+    """One in memory, (v, d)."""
+
+    matrix: States
+
+    def tiles(self) -> Iterator[tuple[int, States]]:
+        """One tile."""
+        yield 0, self.matrix
+
+
+def token_losses(hidden: States, targets: NDArray[np.int64], head: Head) -> NDArray[np.float64]:
     """-log softmax(head @ h)[target] of each token, (t,) float64, in nats.
 
     Args:
-        hidden: (t, d).  targets: (t,).  head: (v, d).
+        hidden: (t, d).  targets: (t,).
     """
-    return _losses_and_slopes(hidden, targets, head)[0]
-
-
-def fit(
-    base: States,
-    adapters: States,
-    targets: NDArray[np.int64],
-    head: States,
-    *,
-    start: Array,
-    penalty: float,
-    max_steps: int = 30,
-) -> Array:
-    """Coefficients (k,) that minimise the surrogate's loss + penalty * ||w - start||^2.
-
-    They may be negative and need not sum to one.
-
-    Args:
-        base: (t, d) states of the base.  adapters: (k, t, d) those of each adapter alone.
-        targets: (t,) completion tokens.  head: (v, d).
-        start: (k,) where the linearisation is pulled to.
-        penalty: above 0; with few tokens it is what keeps k coefficients in bounds.
-    """
-    return fit_step(
-        base, adapters - base, targets, head, start=start, penalty=penalty, max_steps=max_steps
-    )
+    sums = _Sums.of(targets)
+    for first, tile in head.tiles():
+        sums.add(hidden @ tile.T, first)
+    return sums.losses()
 
 
 def fit_step(
     at: States,
     slopes: States,
     targets: NDArray[np.int64],
-    head: States,
+    head: Head,
     *,
     start: Array,
     penalty: float,
+    seen: Mask | None = None,
     max_steps: int = 30,
 ) -> Array:
     """A step u (k,) from a point: least loss of `at + u . slopes`, plus penalty * ||u - start||^2.
 
-    L-BFGS (scipy) from `start`.
+    L-BFGS (scipy) from `start`. With the states of the base, and the differences of each adapter's
+    alone as slopes, the step is the coefficients; they may be negative and need not sum to one.
 
     Args:
         at: (t, d) states at the point.  slopes: (k, t, d) of the states along each coefficient.
+        targets: (t,) completion tokens.
+        start: (k,) where the step is pulled to.
+        penalty: above 0; with few tokens it is what keeps k coefficients in bounds.
+        seen: the tokens that count; None for all.
     """
     from scipy.optimize import minimize
 
+    seen = np.ones(len(targets), bool) if seen is None else seen
+
     def objective(u: Array) -> tuple[float, Array]:
-        losses, downhill = _losses_and_slopes(_moved(at, slopes, u), targets, head)
-        gradient = np.einsum("ktd,td->k", slopes, downhill, dtype=np.float64) / len(targets)
+        downhill = np.zeros_like(at)
+        losses, downhill[seen] = _losses_and_slopes(
+            _moved(at, slopes, u)[seen], targets[seen], head
+        )
+        gradient = np.einsum("ktd,td->k", slopes, downhill, dtype=np.float64) / len(losses)
         away = u - start
         return (
             float(losses.mean() + penalty * (away**2).sum()),
@@ -94,7 +104,7 @@ def held_out_losses(
     at: States,
     slopes: States,
     targets: NDArray[np.int64],
-    head: States,
+    head: Head,
     owners: NDArray[np.int64],
     *,
     start: Array,
@@ -119,10 +129,9 @@ def held_out_losses(
     sums = np.zeros(len(penalties))
     for fold in range(n_folds):
         out = fold_of == fold
-        seen = at[~out], slopes[:, ~out], targets[~out]
         for i, penalty in enumerate(penalties):
-            u = fit_step(*seen, head, start=start, penalty=penalty)
-            sums[i] += token_losses(_moved(at[out], slopes[:, out], u), targets[out], head).sum()
+            u = fit_step(at, slopes, targets, head, start=start, penalty=penalty, seen=~out)
+            sums[i] += token_losses(_moved(at, slopes, u)[out], targets[out], head).sum()
     return sums / len(targets)
 
 
@@ -150,16 +159,60 @@ def _moved(at: States, slopes: States, u: Array) -> States:
 
 
 def _losses_and_slopes(
-    hidden: States, targets: NDArray[np.int64], head: States
+    hidden: States, targets: NDArray[np.int64], head: Head
 ) -> tuple[NDArray[np.float64], States]:
-    """The loss of each token, and its gradient with respect to the token's state, (t, d)."""
-    logits = hidden @ head.T
-    rows = np.arange(len(targets))
-    picked = logits[rows, targets].astype(np.float64)
-    top = logits.max(axis=1, keepdims=True)
-    np.exp(logits - top, out=logits)
-    total = logits.sum(axis=1, keepdims=True, dtype=np.float64)
-    losses = np.asarray(np.log(total[:, 0]) + top[:, 0] - picked, np.float64)
-    logits /= total.astype(np.float32)
-    logits[rows, targets] -= 1.0
-    return losses, np.asarray(logits @ head, np.float32)
+    """The loss of each token, and its gradient with respect to the token's state, (t, d).
+
+    Softmax times the head, less the target's row, in one look at each tile: what was added up is
+    scaled down where a later tile has a larger logit (as in arXiv:1805.02867).
+    """
+    sums, expected = _Sums.of(targets), np.zeros_like(hidden)
+    rows = np.empty_like(hidden)
+    for first, tile in head.tiles():
+        inside = (targets >= first) & (targets < first + len(tile))
+        rows[inside] = tile[targets[inside] - first]
+        shares, shrunk = sums.add(hidden @ tile.T, first)
+        expected *= shrunk[:, None]
+        expected += shares @ tile
+    expected /= sums.total.astype(np.float32)[:, None]
+    return sums.losses(), np.asarray(expected - rows, np.float32)
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Of exp(logit - top) over the vocabulary so far, for each token.
+
+    Attributes:
+        picked: the logit of the target, (t,) float64.
+        top: the largest logit so far, (t,) float32.
+        total: (t,) float64.
+    """
+
+    targets: NDArray[np.int64]
+    picked: NDArray[np.float64]
+    top: NDArray[np.float32]
+    total: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, targets: NDArray[np.int64]) -> _Sums:
+        n = len(targets)
+        return cls(targets, np.zeros(n), np.full(n, -np.inf, np.float32), np.zeros(n))
+
+    def add(self, logits: States, first: int) -> tuple[States, States]:
+        """Add logits (t, n) from row `first` on; they become exp(logit - top).
+
+        Returns:
+            These, and what sums so far were multiplied by, (t,).
+        """
+        inside = (self.targets >= first) & (self.targets < first + logits.shape[1])
+        self.picked[inside] = logits[inside, self.targets[inside] - first]
+        top = np.maximum(self.top, logits.max(axis=1))
+        shrunk = np.exp(self.top - top)
+        np.exp(logits - top[:, None], out=logits)
+        self.total = self.total * shrunk + logits.sum(axis=1, dtype=np.float64)
+        self.top = top
+        return logits, shrunk
+
+    def losses(self) -> NDArray[np.float64]:
+        """-log softmax at the targets, (t,)."""
+        return np.asarray(np.log(self.total) + self.top - self.picked, np.float64)

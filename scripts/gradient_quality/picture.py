@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from result_lines import Row
+from result_lines.svg import save_svg
 
 from gradient_quality.measuring import Key, labels_of
 
@@ -32,7 +33,7 @@ def draw(rows: dict[Key, Row], path: Path, *, n_labels: int = 16) -> None:
         _draw_bed(panel, rows, bed, cases, n_labels)
     panels[0].set_ylabel("recovered share of the own adapter's gain")
     panels[0].legend(loc="lower right", fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    save_svg(figure, path)
 
 
 def _draw_bed(

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from edgelora.adapters.merge import merge_adapters
 from edgelora.build import proposals
 from edgelora.build.pool import Pool
-from edgelora.build.proposals import Measured, Nearness
+from edgelora.build.proposals import Nearness
+from edgelora.build.states import Measured, measure_adapters
 from edgelora.build.trials import Budget, make_trial, try_scales
 from edgelora.embedding_cache import open_cache
 from edgelora.engine.context import Context, open_context
-from edgelora.engine.hidden import head_matrix
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, score
 from edgelora.signature import Histogram, Signature
@@ -145,11 +145,7 @@ class Bench:
         model = self.case.bed.model
         self.meter.spend((1 + self.k) * count_tokens(self.texts))
         with open_context(model, hidden=True) as context:
-            base, _ = proposals.measure_base(context, self.texts)
-            alone = proposals.measure_alone(context, self.pool.paths, self.texts, _silent)
-        head = head_matrix(model)
-        losses = proposals.losses_of(alone, head)
-        return Measured(list(range(self.k)), losses, base, alone, head)
+            return measure_adapters(context, self.pool, list(range(self.k)), self.texts)
 
     def scaled(self, name: str, coefficients: Array) -> Made:
         """A combination at the scale that is best on the support lines; at 1 without labels."""

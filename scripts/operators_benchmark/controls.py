@@ -11,10 +11,9 @@ from gradient_quality import arms as gradient_arms
 from gradient_quality.bed import make_case
 
 from edgelora.adapters.gguf_lora import LoraFile
-from edgelora.build import proposals
+from edgelora.build.states import measure_alone, open_head
 from edgelora.datasets.records import Example, Message
 from edgelora.engine.context import open_context
-from edgelora.engine.hidden import head_matrix
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.prepare import tokenise_examples
 from edgelora.engine.score import TokenisedExample, count_tokens
@@ -90,9 +89,11 @@ def make_oracle(bench: Bench) -> Made:
     case, texts = bench.case, bench.case.test_texts
     bench.meter.spend(bench.k * count_tokens(texts))
     with open_context(case.bed.model, hidden=True) as context:
-        alone = proposals.measure_alone(context, bench.pool.paths, texts, lambda done, total: None)
-    head = head_matrix(case.bed.model)
-    losses = [token_losses(states.hidden, states.targets, head).mean() for states in alone]
+        head = open_head(case.bed.model)
+        losses = [
+            token_losses(states.hidden, states.targets, head).mean()
+            for states in measure_alone(context, bench.pool.paths, texts, lambda done, total: None)
+        ]
     best = int(np.argmin(losses))
     return Made([WeightedAdapter(bench.pool.paths[best])], {"chosen": bench.pool.names[best]},
                 bench.pool.spread([best], np.ones(1)))  # fmt: skip

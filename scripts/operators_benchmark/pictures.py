@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from result_lines import Row
+from result_lines.svg import save_svg
 
 from operators_benchmark.results import Key
 from operators_benchmark.summary import Table, tables
@@ -48,7 +49,7 @@ def draw_all(rows: Mapping[Key, Row], folder: Path) -> list[Path]:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for panel, (table, arm) in zip(axes, panels, strict=True):
             draw(panel, table, arm)
-        figure.savefig(folder / name, metadata={"Date": None})
+        save_svg(figure, folder / name)
         drawn.append(folder / name)
     return drawn
 
