@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import builds
 import numpy as np
 import pico
 import pytest
@@ -14,6 +15,7 @@ from builds import World
 
 from edgelora.adapters.gguf_lora import open_loras
 from edgelora.bank import open_bank
+from edgelora.build import states
 from edgelora.build.crossing import N_FOLDS, assign_folds, count_crossed_tokens, owners_of, without
 from edgelora.build.forward import SEARCHES, begin_search, find_trials
 from edgelora.build.linearising import _slopes, relinearised
@@ -25,9 +27,10 @@ from edgelora.build.states import measure_adapters, open_head
 from edgelora.build.trials import Budget, Trial, least_loss, score_trial
 from edgelora.datasets.read import read_dataset
 from edgelora.engine.context import open_context
-from edgelora.engine.model import Model, WeightedAdapter
+from edgelora.engine.hidden import head_matrix
+from edgelora.engine.model import Model, WeightedAdapter, open_model
 from edgelora.engine.prepare import model_template, tokenise_examples
-from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, score
+from edgelora.engine.score import TokenisedExample, count_tokens, mean_loss, open_for, score
 from edgelora.errors import EdgeLoRAError
 from edgelora.gradient.decoder import open_decoder
 from edgelora.gradient.descent import rank_adapters
@@ -266,3 +269,44 @@ def test_the_hopeless_are_cut_short_and_never_look_better(
         with pytest.raises(Spent):
             poor.loss(np.ones(1))
         context.apply([])
+
+
+def test_little_memory_measures_the_same(
+    world: World, pool: Pool, texts: list[TokenisedExample], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """States in a file, the head in tiles of one row: on the same weights, the same numbers."""
+    monkeypatch.setattr(states, "_IN_MEMORY_BYTES", 0)
+    found = {}
+    for low_ram in (False, True):
+        options = replace(builds.ONE_THREAD, low_ram=low_ram)
+        with (
+            open_model(world.base, options) as model,
+            open_context(model, hidden=True, exact=True) as context,
+        ):
+            found[low_ram] = measure_adapters(context, pool, [0, 2], texts, folder=tmp_path)
+    plain, small = found[False], found[True]
+    assert isinstance(small.slopes, np.memmap) and not isinstance(plain.slopes, np.memmap)
+    assert isinstance(small.head, states.MappedHead)
+    np.testing.assert_allclose(small.slopes, plain.slopes, atol=1e-3)
+    np.testing.assert_allclose(small.by_token, plain.by_token, atol=1e-2)
+    whole = surrogate.WholeHead(head_matrix(model))
+    small.head._weights._tile = 1
+    rows = plain.base.hidden, plain.base.targets
+    for tiled in (small.head, whole):
+        losses = surrogate.token_losses(*rows, tiled)
+        np.testing.assert_allclose(losses, surrogate.token_losses(*rows, plain.head), rtol=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_context_of_little_memory_has_room_for_the_longest(
+    world: World, texts: list[TokenisedExample]
+) -> None:
+    long = replace(texts[0], prompt=texts[0].prompt * (1100 // len(texts[0].prompt) + 1))
+    options = replace(builds.ONE_THREAD, low_ram=True)
+    with open_model(world.base, options) as model:
+        for examples, least in ((texts, 1024), ([*texts, long], long.n_tokens)):
+            with open_for(model, examples) as context:
+                assert min(least, model.n_ctx_train) <= context.n_ctx < 4096
+        with open_for(model, texts) as context, open_context(model) as large:
+            assert score(context, texts) == score(large, texts)

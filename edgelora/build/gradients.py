@@ -265,7 +265,8 @@ def _memory(
     n_rows = min(decoder.count_rows(texts, passes), max(passes.max_tokens, longest))
     inputs = base.n_layer * n_rows * base.n_embd * _FLOAT
     room = int(_SHARE_OF_FREE_MEMORY * available_bytes()) - inputs
-    transient = _transient(decoder, n_rows, longest, files)
+    # A bank is ranked in groups whose stacks are no larger than those of its sources.
+    transient = _transient(decoder, n_rows, longest, files[:MAX_SOURCES])
     if work.options.refine == "gradient" and work.options.weights == "component":
         transient += memory_of_directions(files[:MAX_SOURCES])
     if room < 0:
