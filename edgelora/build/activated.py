@@ -18,8 +18,7 @@ from edgelora.build.proposals import ACTIVATED, Nearness
 from edgelora.build.records import count_steps
 from edgelora.build.trials import NEGLIGIBLE, Recipe, Trial, try_scales
 from edgelora.build.work import Work
-from edgelora.engine.context import Context
-from edgelora.engine.score import TokenisedExample
+from edgelora.engine.score import TokenisedExample, open_for
 from edgelora.gradient.activations import prompts_of, weigh_adapters
 from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.operators.arbiter import Candidate
@@ -108,7 +107,6 @@ def make_activated(
 
 def try_activated(
     work: Work,
-    context: Context,
     opened: Activations,
     nearness: Nearness | None,
     shown: Sequence[TokenisedExample],
@@ -117,10 +115,10 @@ def try_activated(
     """The combination at its best scale on the examples shown."""
     weights = weigh(work, opened)
     first = make_activated(work, opened, weights, nearness, folder)
-    tried = try_scales(context, first, shown, work.budget)
+    with open_for(work.model, shown) as context:
+        tried = try_scales(context, first, shown, work.budget)
     if tried.candidate.scale == 1.0:
         return replace(first, loss=tried.loss)
-    context.apply([])
-    context.model.unload(first.path)
+    work.model.unload(first.path)
     best = make_activated(work, opened, weights, nearness, folder, tried.candidate.scale)
     return replace(best, loss=tried.loss)

@@ -152,10 +152,11 @@ def _try(search: Search, operator: str, trials: list[Trial]) -> None:
         propose(pool, nearness, without(measured, out) if measured else None, operator)
         for out in search.left_out
     ]
+    # All combined before the context is open: each of the two takes memory.
+    files = [search.make(name, coefficients) for name, coefficients in proposals]
     with open_for(search.model, search.examples) as context:
-        for done, (name, coefficients) in enumerate(proposals):
+        for done, made in enumerate(files):
             search.progress("trying candidates", done, len(proposals))
-            made = search.make(name, coefficients)
             trial, scales = _scaled(search, context, made)
             folds = (others[done][1] * s for others, s in zip(folded, scales, strict=True))
             trials.append(replace(trial, folds=tuple(folds)))

@@ -44,13 +44,7 @@ from edgelora.build.pace import (
 )
 from edgelora.build.polishing import train_factors
 from edgelora.build.pool import find_warnings, open_pool
-from edgelora.build.proposals import (
-    ACTIVATED,
-    NONE,
-    OPERATOR_NAMES,
-    Nearness,
-    propose,
-)
+from edgelora.build.proposals import ACTIVATED, NONE, OPERATOR_NAMES, Nearness, propose
 from edgelora.build.records import (
     AUTO,
     REFINEMENTS,
@@ -81,7 +75,6 @@ from edgelora.build.work import (
 from edgelora.datasets.records import Dataset
 from edgelora.datasets.split import Split, split_examples
 from edgelora.datasets.template import Template
-from edgelora.engine.context import Context
 from edgelora.engine.model import Model
 from edgelora.engine.prepare import tokenise_examples
 from edgelora.engine.score import TokenisedExample, open_for
@@ -197,22 +190,22 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
         nearness, measured, shown = measure_parts(work, split, parts, near, folder)
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
-        context = stack.enter_context(open_for(work.model, parts.all))
         if activations is not None:
-            trials.append(try_activated(work, context, activations, nearness, shown, folder))
-        made = _take_steps(work, context, steps, nearness, parts, shown, folder, trials)
-        choice = choose(work, context, contenders(work, trials), parts, shown, folder)
+            trials.append(try_activated(work, activations, nearness, shown, folder))
+        made = _take_steps(work, steps, nearness, parts, shown, folder, trials)
+        with open_for(work.model, parts.all) as context:
+            choice = choose(work, context, contenders(work, trials), parts, shown, folder)
         with publish(work.out, force=work.options.force) as temporary:
             merge = write_trial(work, choice.trial, nearness, temporary)
-            judgement = judge(work, context, temporary, parts)
+            with open_for(work.model, parts.all) as context:
+                judgement = judge(work, context, temporary, parts)
             keep_signature(work, nearness)
     if parts.is_crossed:
         judgement = crossed_judgement(choice.scores, choice.base, work.options.seed)
     losses = {t.candidate.name: t.loss for t in trials}
-    built = make_built(work, choice.trial, nearness, measured, losses, merge)
     built = replace(
-        built, verdict=choice.verdict, judgement=judgement, refined=made.refined,
-        trained=made.trained,
+        make_built(work, choice.trial, nearness, measured, losses, merge),
+        verdict=choice.verdict, judgement=judgement, refined=made.refined, trained=made.trained,
     )  # fmt: skip
     remember(work, dataset.examples, built, choice.trial, nearness)
     return built
@@ -323,7 +316,6 @@ def _open_steps(
 
 def _take_steps(
     work: Work,
-    context: Context,
     steps: _Steps | None,
     nearness: Nearness | None,
     parts: Parts,
@@ -335,20 +327,24 @@ def _take_steps(
     if steps is None:
         return _Made()
     gradients, state, refined, trained = steps.gradients, steps.state, None, None
-    context.apply([])
     if gradients.descent:
         start = trials[0] if work.options.operator == "auto" else least_loss(trials)
         trial, refined = refine(
             work, gradients, start.candidate, nearness, state, folder, is_crossed=parts.is_crossed
         )
-        trials.append(measure_trial(context, trial, shown, work.budget))
+        trials.append(_measured(work, trial, shown))
     if gradients.polish:
         best = least_loss(trials) if trials else None
         trial, trained = train_factors(
             work, gradients, best, nearness, state, folder, is_crossed=parts.is_crossed
         )
-        trials.append(measure_trial(context, trial, shown, work.budget))
+        trials.append(_measured(work, trial, shown))
     return _Made(refined, trained)
+
+
+def _measured(work: Work, trial: Trial, shown: Sequence[TokenisedExample]) -> Trial:
+    with open_for(work.model, shown) as context:
+        return measure_trial(context, trial, shown, work.budget)
 
 
 @contextmanager

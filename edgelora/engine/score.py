@@ -16,7 +16,7 @@ from edgelora.metrics import paired_bootstrap
 
 _MIN_SHARED = 8
 # Of a context for scoring: tokens of a sequence; with low_ram cells, at least, and of one decode.
-_N_CTX, _LOW_RAM_CELLS, _LOW_RAM_BATCH = 4096, 1024, 256
+_N_CTX, _LOW_RAM_CELLS, _LOW_RAM_BATCH = 4096, 512, 128
 
 
 @dataclass(frozen=True)
