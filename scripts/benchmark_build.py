@@ -6,8 +6,8 @@
 Each part is a command of this checkout in a process of its own, with a cache in FOLDER, over files
 with random values: they cost what real ones cost, and no answer means anything. Peak memory is
 RssAnon, sampled every 20 ms. `first` begins with an empty cache and `again` repeats it; `forward`
-and `gradient` are builds with --low-ram for their memory, the latter one pass over N_LINES lines
-and the whole bank. Beside a build stand the rates of this machine that bound it: prompt tokens a
+and `gradient` are builds with --low-ram for their memory, the latter one pass over N_LINES lines.
+Beside a build stand the rates of this machine that bound it: prompt tokens a
 second of this base alone, bytes a second of a copy in memory; beside all, what came from the disk
 meanwhile. The limit of the memory cgroup that all of this runs in, if any, is told too: as root,
 
@@ -46,7 +46,7 @@ from edgelora.engine.model import ModelOptions, open_model
 from edgelora.memory import limit_bytes
 
 DATA = Path(__file__).resolve().parent.parent / "examples" / "returns" / "train.jsonl"
-N_LINES, BUDGET = 24, 20_000
+N_LINES = 24
 N_PROMPT = 512
 
 
@@ -96,8 +96,8 @@ def _gradient(bed: Bed) -> Row:
     few = bed.folder / "few.jsonl"
     lines = bed.data.read_text(encoding="utf-8").splitlines(keepends=True)
     few.write_text("".join(lines[:N_LINES]), encoding="utf-8")
-    steps = ("--low-ram", "--refine", "gradient", "--passes", "1", "--budget", str(BUDGET))
-    return _build(replace(bed, data=few), *steps, "--anew")
+    steps = ("--low-ram", "--refine", "gradient", "--passes", "1", "--anew")
+    return _build(replace(bed, data=few), *steps)
 
 
 def _build(bed: Bed, *more: str) -> Row:
