@@ -7,8 +7,10 @@ Not covered: big-endian files, GGUF v1, files that are changed or cut while they
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,13 +278,13 @@ class _Header:
         return _Entry(start, self.at, kind, item_kind, count, items)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self.name("tensor name")
+        name = sys.intern(self.name("tensor name"))
         (n_dims,) = self.unpack("<I")
         if not 1 <= n_dims <= 4:
             raise self.error(f"the tensor {name!r} has {n_dims} dimensions")
         dims = self.unpack(f"<{n_dims}Q")
         kind, offset = self.unpack("<IQ")
-        return name, tuple(reversed(dims)), kind, offset
+        return name, _shared(tuple(reversed(dims))), kind, offset
 
     def value_kind(self, key: str) -> GGUFValueType:
         (kind,) = self.unpack("<I")
@@ -333,6 +335,12 @@ class _Header:
         if len(self.view) < self.data.size:
             return self.error(f"the header is longer than {MAX_HEADER_BYTES >> 20} MiB")
         return self.error(f"the header goes on past the file's {self.data.size} bytes: truncated")
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same object for equal shapes: a bank's files have the same ones thousands of times."""
+    return shape
 
 
 def _alignment(header: _Header, entries: dict[str, _Entry]) -> int:

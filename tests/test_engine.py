@@ -280,6 +280,16 @@ def test_nothing_of_a_long_text_is_cut(model: Model) -> None:
     assert not empty.any() and short.any()
 
 
+def test_windows_do_not_depend_on_what_a_decode_holds(model: Model) -> None:
+    """A signature of a machine with little memory has to be that of any other."""
+    texts = random_texts([WINDOW + 30, 40])
+    found = []
+    for n_batch in (512, 100):
+        with open_context(model, n_batch=n_batch, hidden=True, exact=True) as context:
+            found.append(embed(context, texts))
+    assert distance(found[1], found[0]) < 1e-4
+
+
 def greedy_text(context: Context, prompt: Sequence[int], n: int) -> str:
     (scored,) = score(context, [TokenisedExample(tuple(prompt), ())], max_answer=n)
     return context.model.vocabulary.decode(scored.answer).decode("utf-8", "replace")

@@ -6,6 +6,7 @@ token_embd.weight it wants the factors flipped: `.lora_a` (vocabulary, r), `.lor
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ def read_plan(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, PairPlan], l
     return plan, problems
 
 
+@functools.lru_cache(maxsize=4096)  # one object for all adapters of one layout
 def _plan_pair(name: str, lora_a: tuple[int, ...], lora_b: tuple[int, ...]) -> PairPlan:
     if name == EMBEDDING:
         return PairPlan(name, lora_a[1], lora_b[0], lora_a[0])

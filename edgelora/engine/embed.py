@@ -72,7 +72,7 @@ def embed_in_steps(
     """
     sums = np.zeros((len(texts), context.model.n_embd), np.float64)
     counts = np.array([max(1, len(text)) for text in texts])
-    window = min(WINDOW, context.n_batch)
+    window = min(WINDOW, context.n_ctx)
     pieces = [
         (owner, text[start : start + window])
         for owner, text in enumerate(texts)

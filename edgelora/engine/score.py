@@ -63,9 +63,7 @@ def open_for(
         return open_context(model, n_ctx=_N_CTX, hidden=hidden)
     longest = max((example.n_tokens for example in examples), default=0)
     n_ctx = min(_N_CTX, max(_LOW_RAM_CELLS, longest))
-    if hidden:  # texts are embedded in windows of a whole decode
-        return open_context(model, n_ctx=n_ctx, hidden=True)
-    return open_context(model, n_ctx=n_ctx, n_batch=_LOW_RAM_BATCH)
+    return open_context(model, n_ctx=n_ctx, n_batch=_LOW_RAM_BATCH, hidden=hidden)
 
 
 def mean_loss(scores: Sequence[Score]) -> float:
