@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import platform
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,3 +162,28 @@ def test_a_cgroup_without_a_limit_leaves_the_machine_s(
     (tmp_path / "memory.current").write_text("700000\n")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     assert memory.available_bytes() > 10_000_000
+
+
+FREED = """
+import sys
+import numpy as np
+from edgelora.memory import give_back_large_blocks, memory_in_use
+if sys.argv[1] == "given back":
+    give_back_large_blocks()
+np.ones(30 << 20, np.uint8)  # freed: glibc keeps what is smaller from now on
+blocks, pins = [], []
+for _ in range(10):
+    blocks.append(np.ones(8 << 20, np.uint8))
+    pins.append(bytes(100_000))  # above it in the heap, which can only shrink from its end
+del blocks
+print(memory_in_use().size_bytes)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps them")
+def test_freed_blocks_go_back_to_the_system() -> None:
+    def left(how: str) -> int:
+        line = [sys.executable, "-c", FREED, how]
+        return int(subprocess.run(line, capture_output=True, check=True, text=True).stdout)
+
+    assert left("given back") < left("kept") - 40 * MB
