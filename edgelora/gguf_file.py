@@ -75,6 +75,10 @@ class _Entry:
     value: object = None
 
 
+# One object for equal shapes: the files of a bank have the same ones thousands of times.
+_shape = functools.lru_cache(maxsize=1024)(lambda dims: tuple(reversed(dims)))
+
+
 class Metadata(Mapping[str, Any]):
     """Keys to Python scalars and strings; arrays are decoded at each access (list of str, ndarray).
 
@@ -284,7 +288,7 @@ class _Header:
             raise self.error(f"the tensor {name!r} has {n_dims} dimensions")
         dims = self.unpack(f"<{n_dims}Q")
         kind, offset = self.unpack("<IQ")
-        return name, _shared(tuple(reversed(dims))), kind, offset
+        return name, _shape(dims), kind, offset
 
     def value_kind(self, key: str) -> GGUFValueType:
         (kind,) = self.unpack("<I")
@@ -335,12 +339,6 @@ class _Header:
         if len(self.view) < self.data.size:
             return self.error(f"the header is longer than {MAX_HEADER_BYTES >> 20} MiB")
         return self.error(f"the header goes on past the file's {self.data.size} bytes: truncated")
-
-
-@functools.lru_cache(maxsize=1024)
-def _shared(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The same object for equal shapes: a bank's files have the same ones thousands of times."""
-    return shape
 
 
 def _alignment(header: _Header, entries: dict[str, _Entry]) -> int:

@@ -21,7 +21,7 @@ from edgelora.engine.needs import shortage
 from edgelora.engine.threads import default_threads
 from edgelora.engine.tokens import Vocabulary
 from edgelora.errors import EngineError, IncompatibleAdapter, NotFound
-from edgelora.memory import available_bytes, give_back_large_blocks
+from edgelora.memory import available_bytes, return_large_blocks
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def open_model(path: Path, options: ModelOptions | None = None) -> Iterator[Mode
     refuse_unloadable(base)
     options, warnings = _decided(options or ModelOptions(), path)
     if options.low_ram:
-        give_back_large_blocks()
+        return_large_blocks()
     native.start()
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 from edgelora.adapters.base import Base
@@ -14,8 +13,6 @@ _WANTED_CTX, _WANTED_SLOTS, _SMALLEST_CTX = 4096, 4, 512
 # KV takes at most this share of what is free beside the weights: adapters, batches and whatever
 # else runs on the machine need the rest.
 _SHARE = 0.5
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,3 @@ def fit(
             hint="Try --kv-type q8_0, fewer --slots, a smaller --context, or --low-ram.",
         )
     return room
-
-
-def return_large_blocks() -> bool:
-    """Have freed blocks of 256 KB and more go back to the system at once; False without glibc.
-
-    By itself glibc raises that bound to the largest block ever freed, 32 MB at most. What logits
-    and saved prefixes take then stays with the process, in holes: a tenth more after 2,000 answers.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # musl and macOS; Windows
-        return False
-    return bool(mallopt(_MMAP_THRESHOLD, _LARGE_BYTES) and mallopt(_TRIM_THRESHOLD, _LARGE_BYTES))

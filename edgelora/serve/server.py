@@ -157,8 +157,8 @@ class Server:
 
     def _open(self) -> None:
         from edgelora.engine.model import ModelOptions, open_model
+        from edgelora.memory import return_large_blocks
         from edgelora.serve.jobs import Limits
-        from edgelora.serve.memory import return_large_blocks
         from edgelora.serve.routing import open_router
         from edgelora.serve.scheduler import Scheduler
 
