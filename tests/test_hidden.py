@@ -16,7 +16,7 @@ from edgelora.engine.hidden import completion_states, head_matrix
 from edgelora.engine.model import Model, ModelOptions, WeightedAdapter, open_model
 from edgelora.engine.score import TokenisedExample, score, shared_prefix
 from edgelora.errors import EngineError
-from edgelora.operators.surrogate import token_losses
+from edgelora.operators.surrogate import WholeHead, token_losses
 
 ONE_THREAD = ModelOptions(n_threads=1)
 PREFIX = tuple(range(260, 276))
@@ -75,7 +75,7 @@ def test_the_head_on_the_states_gives_the_logits(
     assert states.targets.tolist() == [token for e in given for token in e.completion]
     head = head_matrix(model)
     np.testing.assert_allclose(states.hidden @ head.T, logits, atol=2e-4, rtol=1e-4)
-    losses = token_losses(states.hidden, states.targets, head)
+    losses = token_losses(states.hidden, states.targets, WholeHead(head))
     ends = np.cumsum([len(e.completion) for e in given])
     by_example = [part.sum() for part in np.split(losses, ends[:-1])]
     np.testing.assert_allclose(by_example, [s.nll for s in scores], atol=2e-3)

@@ -16,6 +16,7 @@ from edgelora.operators.distances import measure
 from edgelora.operators.heads import gibbs, softmin
 from edgelora.operators.mixture import kernel_means, solve
 from edgelora.operators.neural import TABLE_RANGE, NeuralHead
+from edgelora.operators.surrogate import WholeHead
 from edgelora.signature import Histogram, Signature, summarise
 
 Array = NDArray[np.float64]
@@ -229,7 +230,7 @@ def test_the_surrogate_is_convex() -> None:
 
     def loss(w: Array) -> float:
         hidden = (base + np.tensordot(w, moves, axes=1)).astype(np.float64)
-        return float(surrogate.token_losses(hidden, targets, head).mean())
+        return float(surrogate.token_losses(hidden, targets, WholeHead(head)).mean())
 
     for _ in range(10):
         w = 2 * rng.standard_normal(4)
