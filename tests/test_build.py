@@ -410,7 +410,7 @@ def test_a_bank_for_another_base_names_both_identities(
         assert read_base(path).identity.describe() in str(caught.value)
 
 
-@pytest.mark.parametrize(("operator", "chosen"), [("auto", "mixture"), ("nearest", "nearest")])
+@pytest.mark.parametrize(("operator", "chosen"), [("auto", "normalized"), ("nearest", "nearest")])
 def test_without_completions_distances_decide(
     operator: str, chosen: str, world: World, model: Model, out: Path, decoded: list[int]
 ) -> None:

@@ -217,7 +217,7 @@ def test_without_completions_it_says_what_it_could_not_measure(
     assert result.exit_code == 0, result.output
     assert "no completions: losses cannot be measured" in result.stderr
     assert "plan: distances from 32 examples to 4 adapters" in result.stderr
-    assert "nats" not in result.stdout and "mixture" in result.stdout
+    assert "nats" not in result.stdout and "normalized" in result.stdout
     told = json.loads(run(*words(world, world.unanswered, out, "--force", "--json")).stdout)
     assert told["judged"] is None and told["selection_losses"] == {}
 

@@ -120,7 +120,7 @@ def test_without_labels_prompts_alone_are_seen(folder: Path, tmp_path: Path) -> 
     rows = {row["arm"]: row for row in run(folder, tmp_path / "r.jsonl", *words)}
     assert list(rows) == ["base", "own", "mean", "op-mixture", "paper-js-normalized", "build"]
     assert rows["mean"]["labels"] == 0 and rows["mean"]["scale"] == 1.0
-    assert rows["build"]["chosen"] == "mixture" and rows["mean"]["tokens"] == 0
+    assert rows["build"]["chosen"] == "normalized" and rows["mean"]["tokens"] == 0
 
 
 def test_a_wrong_arm_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:

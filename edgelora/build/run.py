@@ -271,7 +271,7 @@ def _refuse_without_completions(work: Work) -> str:
         return "uniform" if options.operator == "auto" else options.operator
     operator = options.operator
     if operator == "auto":
-        operator = "mixture" if work.pool.signed else "logo"
+        operator = "normalized" if work.pool.signed else "logo"
     by = "activations" if operator in ACTIVATED else "distances"
     work.warn(f"the dataset has no completions: losses cannot be measured, {by} alone decide")
     return operator
