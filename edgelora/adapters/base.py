@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from edgelora.adapters.architectures import EMBEDDING, OUTPUT
 from edgelora.errors import InvalidFile, UnsupportedFile
 from edgelora.gguf_file import GGUFFile, open_gguf
 
@@ -78,6 +79,11 @@ class Base:
     identity: BaseIdentity
     has_output: bool
 
+    @property
+    def head(self) -> str:
+        """The tensor that makes logits: one of its own, or the embedding."""
+        return OUTPUT if self.has_output else EMBEDDING
+
 
 def read_base(path: Path) -> Base:
     """Read the header of a base GGUF; its weights stay on disk.
@@ -106,7 +112,7 @@ def read_base(path: Path) -> Base:
         chat_template=_text(metadata.get("tokenizer.chat_template")),
         name=_text(metadata.get("general.name")) or path.stem,
         identity=_identify(gguf, architecture),
-        has_output="output.weight" in gguf.tensors,
+        has_output=OUTPUT in gguf.tensors,
     )
     if numbers.problems:
         raise InvalidFile(f"{path}: not a language model", problems=numbers.problems)

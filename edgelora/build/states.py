@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgelora.build.pool import Pool
 from edgelora.engine.context import Context
-from edgelora.engine.hidden import CompletionStates, completion_states, head_matrix, head_name
+from edgelora.engine.hidden import CompletionStates, completion_states, head_matrix
 from edgelora.engine.model import Model, WeightedAdapter
 from edgelora.engine.score import TokenisedExample, count_tokens
 from edgelora.gguf_file import open_gguf
@@ -54,9 +54,8 @@ class MappedHead:
     """The head of a base, from its mapped file: a few rows are in float at a time."""
 
     def __init__(self, model: Model) -> None:
-        gguf = open_gguf(model.base.path)
-        self._name = head_name(gguf)
-        self._weights = Weights(gguf, n_threads=model.options.threads())
+        self._name = model.base.head
+        self._weights = Weights(open_gguf(model.base.path), n_threads=model.options.threads())
 
     def tiles(self) -> Iterator[tuple[int, States]]:
         """See Head."""

@@ -17,7 +17,7 @@ from edgelora.engine.score import (
     refuse_overlong,
     start_shared,
 )
-from edgelora.gguf_file import GGUFFile, open_gguf
+from edgelora.gguf_file import open_gguf
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,4 @@ def completion_states(context: Context, examples: Sequence[TokenisedExample]) ->
 
 def head_matrix(model: Model) -> NDArray[np.float32]:
     """The head's weights, (n_vocab, d) float32."""
-    gguf = open_gguf(model.base.path)
-    return np.asarray(gguf.array(head_name(gguf)), np.float32)
-
-
-def head_name(gguf: GGUFFile) -> str:
-    """The tensor that makes logits of states."""
-    return "output.weight" if "output.weight" in gguf.tensors else "token_embd.weight"
+    return np.asarray(open_gguf(model.base.path).array(model.base.head), np.float32)

@@ -90,7 +90,7 @@ def read_hyperparameters(base: Base, gguf: GGUFFile) -> Hyperparameters:
         rope_scale=_rope_scale(numbers),
         neox=_NEOX[base.architecture],
         window=int(numbers.get("attention.sliding_window", 0)),
-        head=OUTPUT if base.has_output else EMBEDDING,
+        head=base.head,
     )
     for key, neutral in _NEUTRAL.items():
         if numbers.get(key, neutral) != neutral:
