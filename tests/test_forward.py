@@ -15,7 +15,8 @@ from builds import World
 
 from edgelora.adapters.gguf_lora import open_loras
 from edgelora.bank import open_bank
-from edgelora.build import states
+from edgelora.build import alone
+from edgelora.build.alone import measure_adapters, open_head
 from edgelora.build.crossing import N_FOLDS, assign_folds, count_crossed_tokens, owners_of, without
 from edgelora.build.forward import SEARCHES, begin_search, find_trials
 from edgelora.build.linearising import _slopes, relinearised
@@ -23,7 +24,6 @@ from edgelora.build.passes import Passes
 from edgelora.build.pool import Pool, open_pool
 from edgelora.build.proposals import WARM_STARTS
 from edgelora.build.search import Search
-from edgelora.build.states import measure_adapters, open_head
 from edgelora.build.trials import Budget, Trial, least_loss, score_trial
 from edgelora.datasets.read import read_dataset
 from edgelora.engine.context import open_context
@@ -276,7 +276,7 @@ def test_little_memory_measures_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """States in a file, the head in tiles of one row: on the same weights, the same numbers."""
-    monkeypatch.setattr(states, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(alone, "_IN_MEMORY_BYTES", 0)
     found = {}
     for low_ram in (False, True):
         options = replace(builds.ONE_THREAD, low_ram=low_ram)
@@ -287,7 +287,7 @@ def test_little_memory_measures_the_same(
             found[low_ram] = measure_adapters(context, pool, [0, 2], texts, folder=tmp_path)
     plain, small = found[False], found[True]
     assert isinstance(small.slopes, np.memmap) and not isinstance(plain.slopes, np.memmap)
-    assert isinstance(small.head, states.MappedHead)
+    assert isinstance(small.head, alone.MappedHead)
     np.testing.assert_allclose(small.slopes, plain.slopes, atol=1e-3)
     np.testing.assert_allclose(small.by_token, plain.by_token, atol=1e-2)
     whole = surrogate.WholeHead(head_matrix(model))

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.build.alone import Measured
 from edgelora.build.proposals import ACTIVATED, WARM_STARTS
 from edgelora.build.records import Options
-from edgelora.build.states import Measured
 from edgelora.engine.score import TokenisedExample, count_tokens
 
 N_FOLDS = 3

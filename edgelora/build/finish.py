@@ -19,9 +19,9 @@ from edgelora.adapters.merge import (
     merge_adapters,
 )
 from edgelora.bank.records import signature_path
+from edgelora.build.alone import Measured
 from edgelora.build.proposals import Nearness
 from edgelora.build.records import CROSSED, Built, Judgement, count_steps
-from edgelora.build.states import Measured
 from edgelora.build.trials import Recipe, Trial
 from edgelora.build.work import Parts, Work
 from edgelora.engine.context import Context

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.build.alone import measure_adapters
 from edgelora.build.crossing import without
 from edgelora.build.linearising import relinearised
 from edgelora.build.measuring import SHARE_FOR_ADAPTERS
@@ -25,7 +26,6 @@ from edgelora.build.proposals import (
 )
 from edgelora.build.records import DEFAULT_DISTANCE, Options
 from edgelora.build.search import N_LINEARISATIONS, Search, release
-from edgelora.build.states import measure_adapters
 from edgelora.build.trials import Budget, Trial, least_loss, measure_trial, try_scales_without
 from edgelora.datasets.records import Example
 from edgelora.engine.context import Context

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.build.alone import measure_slopes
 from edgelora.build.crossing import owners_of
 from edgelora.build.search import Search, release
-from edgelora.build.states import measure_slopes
 from edgelora.build.trials import Trial, least_loss
 from edgelora.engine.hidden import CompletionStates, completion_states
 from edgelora.engine.model import WeightedAdapter

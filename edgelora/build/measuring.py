@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from edgelora.build.allowance import shown_of
+from edgelora.build.alone import Measured, measure_adapters
 from edgelora.build.pace import estimate_merges, measure_merge
 from edgelora.build.proposals import (
     Nearness,
@@ -21,7 +22,6 @@ from edgelora.build.proposals import (
 )
 from edgelora.build.records import Plan
 from edgelora.build.search import count_search_passes
-from edgelora.build.states import Measured, measure_adapters
 from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import UNTOUCHED, Parts, Work
 from edgelora.datasets.records import Example
@@ -48,7 +48,7 @@ def measure_parts(
 
     Args:
         nearness: the distances, where they are known.
-        folder: see states.measure_slopes.
+        folder: see alone.measure_slopes.
 
     Returns:
         The distances (None without any signature), the losses, and the examples shown.

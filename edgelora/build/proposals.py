@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.build.alone import Measured
 from edgelora.build.kernels import open_mixture
 from edgelora.build.pool import Pool
 from edgelora.build.records import Options
-from edgelora.build.states import Measured
 from edgelora.datasets.records import Example
 from edgelora.embedding_cache import open_cache
 from edgelora.engine.context import Context

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
+from edgelora.build.alone import Measured
 from edgelora.build.automatic import settle_refinement
 from edgelora.build.choosing import choose, contenders
 from edgelora.build.clock import Clock
@@ -57,7 +58,6 @@ from edgelora.build.records import (
 from edgelora.build.refining import OBJECTIVE_WORDS, refine
 from edgelora.build.search import Search
 from edgelora.build.state import State, open_state
-from edgelora.build.states import Measured
 from edgelora.build.trials import (
     Budget,
     Trial,

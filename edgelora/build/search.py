@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.build.alone import Measured
 from edgelora.build.crossing import owners_of
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import Nearness, needs_losses
 from edgelora.build.records import Options
-from edgelora.build.states import Measured
 from edgelora.build.trials import Budget, Trial, make_trial
 from edgelora.engine.context import Context
 from edgelora.engine.model import Model

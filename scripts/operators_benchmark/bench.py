@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from edgelora.adapters.merge import merge_adapters
 from edgelora.build import proposals
+from edgelora.build.alone import Measured, measure_adapters
 from edgelora.build.pool import Pool
 from edgelora.build.proposals import Nearness
-from edgelora.build.states import Measured, measure_adapters
 from edgelora.build.trials import Budget, make_trial, try_scales
 from edgelora.embedding_cache import open_cache
 from edgelora.engine.context import Context, open_context

@@ -11,7 +11,7 @@ from gradient_quality import arms as gradient_arms
 from gradient_quality.bed import make_case
 
 from edgelora.adapters.gguf_lora import LoraFile
-from edgelora.build.states import measure_alone, open_head
+from edgelora.build.alone import measure_alone, open_head
 from edgelora.datasets.records import Example, Message
 from edgelora.engine.context import open_context
 from edgelora.engine.model import WeightedAdapter
