@@ -78,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--scratch", type=Path, help="a folder on a disk for the blocks' inputs")
     parser.add_argument("--keep", type=int, default=0, help="MiB for activations, as PassOptions")
+    parser.add_argument("--exact", action="store_true", help="no kernels of ggml that round rows")
     parser.add_argument("--repeat", type=int, default=1)
     plain = ("llama", "forward", "gradient")
     parser.add_argument("--arms", nargs="+", choices=plain, default=plain, help="only these")
@@ -247,7 +248,8 @@ def run_bank(options: argparse.Namespace) -> dict[str, Any]:
 def opened(
     options: argparse.Namespace,
 ) -> tuple[Decoder, list[TokenisedExample], PassOptions]:
-    decoder = open_decoder(base_of(options), n_threads=psutil.cpu_count(logical=False) or 1)
+    n_threads = psutil.cpu_count(logical=False) or 1
+    decoder = open_decoder(base_of(options), n_threads=n_threads, exact=options.exact)
     texts = examples_of(options, decoder.model.n_vocab)
     keep_bytes = options.keep << 20
     return decoder, texts, PassOptions(2048, scratch=options.scratch, keep_bytes=keep_bytes)

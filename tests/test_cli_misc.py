@@ -16,8 +16,8 @@ from edgelora.cli.charts import coefficients_chart
 from edgelora.cli.console import clean
 from edgelora.cli.doctor import parse_flags
 from edgelora.embedding_cache import open_cache
+from edgelora.engine.machine import cpu_model
 from edgelora.engine.needs import needs_of, shortage
-from edgelora.engine.threads import cpu_model
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

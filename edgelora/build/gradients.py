@@ -18,6 +18,7 @@ from edgelora.build.allowance import Allowance, count_others, learned_of
 from edgelora.build.records import GradientPlan, Options
 from edgelora.build.reserving import FEWER_FOLDS, Reserved, Reserving
 from edgelora.build.work import SHOWN, Parts, Work
+from edgelora.engine.products import MAX_REPACKED_BYTES
 from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile
 from edgelora.gradient import layers
@@ -178,7 +179,9 @@ def open_decoder_and_adapters(work: Work, hint: str) -> Opened:
     """
     files = open_loras(work.pool.paths)
     try:
-        decoder = open_decoder(work.model.base.path, n_threads=work.model.options.threads())
+        n_threads = work.model.options.threads()
+        with threads(work):
+            decoder = open_decoder(work.model.base.path, n_threads=n_threads, exact=False)
         refuse_misfits(files, decoder.base)
     except UnsupportedFile as error:
         raise UnsupportedFile(error.what, problems=error.problems, hint=hint) from error
@@ -294,7 +297,8 @@ def _feed_forward(base: Base) -> int:
 
 
 def _transient(decoder: Decoder, n_rows: int, longest: int, files: Sequence[LoraFile]) -> int:
-    """One block's arrays, a tile of weights, logits, and the stacked factors of one tensor."""
+    """One block's arrays, a tile of weights, logits, the stacked factors of one tensor, and what
+    ggml's kernels take: rounded rows, and repacked blocks of at most 8 bits a weight."""
     base = decoder.base
     n_ff = _feed_forward(base)
     of_block = n_rows * (12 * base.n_embd + 6 * n_ff) + 3 * base.n_head * longest**2
@@ -306,4 +310,5 @@ def _transient(decoder: Decoder, n_rows: int, longest: int, files: Sequence[Lora
          for name in {name for file in files for name in file.plan}),
         default=0.0,
     )  # fmt: skip
-    return _FLOAT * int(of_block + tile + logits + 3 * np.ceil(stacked))
+    of_kernels = n_rows * n_ff + min(MAX_REPACKED_BYTES, n_ff * base.n_embd)
+    return _FLOAT * int(of_block + tile + logits + 3 * np.ceil(stacked)) + of_kernels

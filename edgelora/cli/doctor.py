@@ -53,8 +53,8 @@ def examine(base: str | None) -> dict[str, Any]:
     from edgelora import __version__
     from edgelora.bases import models_folder
     from edgelora.embedding_cache import cache_folder
+    from edgelora.engine.machine import cpu_model
     from edgelora.engine.native import system_info
-    from edgelora.engine.threads import cpu_model
     from edgelora.memory import available_bytes
 
     available = available_bytes()

@@ -18,9 +18,10 @@ def measure_base(base: str, n_threads: int, as_json: bool) -> None:
     import psutil
 
     from edgelora.bases import resolve
+    from edgelora.engine.machine import cpu_model
     from edgelora.engine.measure import TYPES, measure_types
     from edgelora.engine.native import version
-    from edgelora.engine.threads import cpu_model, store_threads
+    from edgelora.engine.threads import store_threads
 
     if base == "":
         raise click.UsageError("--measure needs a GGUF file or the name of a base.")

@@ -24,6 +24,7 @@ from edgelora.gradient.hyperparameters import (
     rope_angles,
 )
 from edgelora.gradient.kept import make_stack
+from edgelora.gradient.kernels import Kernels
 from edgelora.gradient.observers import Observer
 from edgelora.gradient.packing import Pack, packs, refuse_unusable
 from edgelora.gradient.updates import Updates
@@ -220,13 +221,19 @@ class Decoder:
 
 
 def open_decoder(
-    path: Path, dtype: type[np.floating[Any]] = np.float32, *, n_threads: int = 1
+    path: Path,
+    dtype: type[np.floating[Any]] = np.float32,
+    *,
+    n_threads: int = 1,
+    exact: bool = True,
 ) -> Decoder:
     """A base to derive: only its header is read.
 
     Args:
         dtype: in which all is computed: float32 to work, float64 to test.
-        n_threads: for dequantising; BLAS has its own.
+        n_threads: for dequantising, and for ggml's kernels; BLAS has its own.
+        exact: all products in `dtype`. Else those of the way forward by ggml's kernels where these
+            are faster here, on rows rounded as llama.cpp rounds them: see gradient/kernels.py.
 
     Raises:
         NotFound, InvalidFile: no sound GGUF of a language model.
@@ -234,9 +241,9 @@ def open_decoder(
     """
     base = read_base(path)
     gguf = open_gguf(path)
-    return Decoder(
-        base, read_hyperparameters(base, gguf), Weights(gguf, dtype, n_threads=n_threads)
-    )
+    kernels = None if exact else Kernels(n_threads)
+    weights = Weights(gguf, dtype, n_threads=n_threads, kernels=kernels)
+    return Decoder(base, read_hyperparameters(base, gguf), weights)
 
 
 def _scores(values: Array, examples: Sequence[TokenisedExample]) -> list[Score]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgelora.engine.dequantize import dequantize
 from edgelora.gguf_file import GGUFFile
+from edgelora.gradient.kernels import Kernels
 
 Array = NDArray[np.floating[Any]]
 
@@ -33,14 +34,22 @@ class Weights:
         *,
         tile: int = TILE_WEIGHTS,
         n_threads: int = 1,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Threads: for dequantising; those of the products are BLAS's own."""
+        """Threads: for dequantising; those of the products are BLAS's own.
+
+        Args:
+            kernels: of x W^T, where what they round may be rounded; only in float32.
+        """
         self.gguf = gguf
         self.dtype = dtype
+        self._kernels = kernels if dtype is np.float32 else None
         self._tile = tile
         self._n_threads = n_threads
         self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="dequantize")
         self._buffer = np.empty(0, np.float32)
+        if self._kernels is not None:
+            self._choose(self._kernels)
 
     def __contains__(self, name: str) -> bool:
         return name in self.gguf.tensors
@@ -59,7 +68,12 @@ class Weights:
 
     def times(self, x: Array, name: str) -> Array:
         """x W^T for W (out, in): x is (t, in), the result (t, out)."""
-        y = np.empty((len(x), self.gguf.tensors[name].shape[0]), self.dtype)
+        info = self.gguf.tensors[name]
+        if self._kernels is not None:
+            y = self._kernels.times(x, self._rows(name), info.ggml_type)
+            if y is not None:
+                return y
+        y = np.empty((len(x), info.shape[0]), self.dtype)
         for first, tile in self.tiles(name):
             np.matmul(x, tile.T, out=y[:, first : first + len(tile)])
         return y
@@ -96,6 +110,21 @@ class Weights:
         block_size, type_size = GGML_QUANT_SIZES[info.ggml_type]
         n_out, n_in = info.shape
         return self.gguf.raw(name).reshape(n_out, n_in // block_size, type_size)
+
+    def _rows(self, name: str) -> NDArray[np.uint8]:
+        """The stored bytes, (out, bytes of a row)."""
+        return self._blocks(name).reshape(self.gguf.tensors[name].shape[0], -1)
+
+    def _choose(self, kernels: Kernels) -> None:
+        """Have the kernels settle on a way for each type of the blocks' matrices."""
+        for name, info in self.gguf.tensors.items():
+            if name.startswith("blk.") and len(info.shape) == 2:
+                columns = slice(0, info.shape[1])
+
+                def in_float(n: int, name: str = name, columns: slice = columns) -> Array:
+                    return self._in_float(name, slice(0, n), columns)
+
+                kernels.choose(self._rows(name), info.ggml_type, info.shape[1], in_float)
 
     def _in_float(self, name: str, rows: slice, columns: slice) -> Array:
         """A part of a matrix; in float32 it lies in the one buffer, until the next call."""

@@ -23,7 +23,7 @@ from edgelora.engine.context import Context
 from edgelora.engine.model import WeightedAdapter
 from edgelora.engine.score import count_tokens
 from edgelora.gradient.checkpoint import fingerprint, from_bytes
-from edgelora.gradient.decoder import PassOptions
+from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.descent import Descended, DescentOptions, descend, rank_adapters
 from edgelora.gradient.observers import CoefficientGradients
 from edgelora.gradient.polish import PolishOptions, fresh_pairs, polish
@@ -130,6 +130,7 @@ def make_gradient(
     n_sources: int = 0,
     ranked_at: str = "base",
     rank: int | str = "auto",
+    products: str = "fastest",
     **options: Any,
 ) -> Made:
     """Coefficients by gradient descent from the uniform mean times `scale`.
@@ -139,9 +140,11 @@ def make_gradient(
         n_sources: only so many adapters, those of the steepest slope; 0 for all.
         ranked_at: where the slope is taken: "base" or "mean".
         rank: of the file; "cat" for the exact combination.
+        products: "float32", or the fastest for each type of weights, as `build` has them.
         options: see DescentOptions.
     """
-    begin = _begin(bench, start, scale, n_sources, ranked_at)
+    decoder = bench.case.bed.exact if products == "float32" else bench.case.bed.decoder
+    begin = _begin(bench, decoder, start, scale, n_sources, ranked_at)
     return _merged(bench, begin, _descended(bench, begin, options), rank)
 
 
@@ -154,7 +157,7 @@ def make_few(bench: Bench, *, rank: int = 16, **options: Any) -> Made:
 
 def make_polished(bench: Bench, *, n_first: int, rank: int | str = "auto", **options: Any) -> Made:
     """`n_first` passes on coefficients, the file cut to its rank, then passes on its factors."""
-    begin = _begin(bench, "mean", 1.0, 0, "base")
+    begin = _begin(bench, bench.case.bed.decoder, "mean", 1.0, 0, "base")
     found = _descended(bench, begin, {"n_passes": n_first, "n_folds": 0})
     made = _merged(bench, begin, found, rank)
     pairs = {pair.name: pair for pair in open_lora(made.adapters[0].path).pairs()}
@@ -163,15 +166,18 @@ def make_polished(bench: Bench, *, n_first: int, rank: int | str = "auto", **opt
 
 @dataclass(frozen=True, eq=False)
 class _Begin:
-    """Which adapters a descent has, where it begins, and the tokens that it took to find both."""
+    """What a descent runs on, its adapters and start, and the tokens that it took to find these."""
 
+    decoder: Decoder
     positions: list[int]
     start: NDArray[np.float64]
     n_tokens: int
     name: tuple[object, ...]
 
 
-def _begin(bench: Bench, start: str, scale: float, n_sources: int, ranked_at: str) -> _Begin:
+def _begin(
+    bench: Bench, decoder: Decoder, start: str, scale: float, n_sources: int, ranked_at: str
+) -> _Begin:
     """Where a descent begins; see make_gradient."""
     case, n_tokens = bench.case, 0
     k = len(case.adapters)
@@ -185,20 +191,20 @@ def _begin(bench: Bench, start: str, scale: float, n_sources: int, ranked_at: st
         names = CoefficientGradients(case.adapters).names
         row = [1 / k if ranked_at == "mean" else 0.0] * k
         at = Combined(case.adapters, dict.fromkeys(names, row))
-        slopes = rank_adapters(case.bed.decoder, case.adapters, case.texts, at)
+        slopes = rank_adapters(decoder, case.adapters, case.texts, at)
         positions = sorted(int(i) for i in np.argsort(slopes, kind="stable")[:n_sources])
         n_tokens += 3 * count_tokens(case.texts)
         if start == "mean":
             coefficients *= k / n_sources
-    name = (start, scale, n_sources, ranked_at)
-    return _Begin(positions, scale * coefficients[positions], n_tokens, name)
+    name = (start, scale, n_sources, ranked_at, decoder is bench.case.bed.exact)
+    return _Begin(decoder, positions, scale * coefficients[positions], n_tokens, name)
 
 
 def _descended(bench: Bench, begin: _Begin, options: Mapping[str, Any]) -> Descended:
     case = bench.case
     chosen = DescentOptions(**{"seed": case.seed, **options})
     return descend(
-        case.bed.decoder,
+        begin.decoder,
         [case.adapters[i] for i in begin.positions],
         case.texts,
         begin.start,

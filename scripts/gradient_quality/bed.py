@@ -32,11 +32,16 @@ N_PROMPTS = 16  # what a person without labels brings
 
 @dataclass(frozen=True, eq=False)
 class Bed:
-    """A base opened in llama.cpp and as a decoder, with a bank and a dataset for each adapter."""
+    """A base opened in llama.cpp and as a decoder, with a bank and a dataset for each adapter.
+
+    Attributes:
+        decoder: as `build` has it; exact: with all products in float32.
+    """
 
     name: str
     model: Model
     decoder: Decoder
+    exact: Decoder
     template: Template
     bank: Bank
     data: Path
@@ -127,8 +132,10 @@ def open_bed(
     """Open a base with its bank; data holds `<adapter>/train.jsonl`, test.jsonl and task.json."""
     options = ModelOptions(n_threads=n_threads, low_ram=low_ram)
     with open_model(base, options) as model:
-        decoder = open_decoder(base, n_threads=options.threads())
-        yield Bed(name, model, decoder, model_template(model), open_bank(bank), data)
+        n_threads = options.threads()
+        decoder = open_decoder(base, n_threads=n_threads, exact=False)
+        exact = open_decoder(base, n_threads=n_threads)
+        yield Bed(name, model, decoder, exact, model_template(model), open_bank(bank), data)
 
 
 def make_bank(folder: Path, base_path: Path, data: Path) -> Path:

@@ -1,0 +1,252 @@
+"""x W^T by ggml's own kernels on stored weights, as llama.cpp computes it: rows of x are rounded.
+
+A kernel for blocks of integers rounds x to blocks of 8 bits first (ggml's Q8_0, Q8_1 or Q8_K), one
+for BF16 to BF16: the product is off by half a percent or less (relative L2), as in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from llama_cpp import _ggml
+from numpy.typing import NDArray
+
+from edgelora.engine import amx, native
+from edgelora.errors import EngineError
+
+# A larger matrix, such as the head, is not repacked: a copy of its blocks is kept in memory.
+MAX_REPACKED_BYTES = 64 << 20
+
+_ALIGNMENT = 32  # bytes; ggml-impl.h: TENSOR_ALIGNMENT
+_REPACKED = b"CPU_REPACK"
+_N_TENSORS = 8  # room for those of one product
+_CPU = 0  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_CPU
+
+_P, _N = ctypes.c_void_p, ctypes.c_size_t
+
+
+class _InitParams(ctypes.Structure):
+    """ggml.h: struct ggml_init_params."""
+
+    _fields_ = (("mem_size", _N), ("mem_buffer", _P), ("no_alloc", ctypes.c_bool))
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_init": (_P, (_InitParams,)),
+    "ggml_free": (None, (_P,)),
+    "ggml_tensor_overhead": (_N, ()),
+    "ggml_graph_overhead_custom": (_N, (_N, ctypes.c_bool)),
+    "ggml_new_tensor_2d": (_P, (_P, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)),
+    "ggml_mul_mat": (_P, (_P, _P, _P)),
+    "ggml_new_graph_custom": (_P, (_P, _N, ctypes.c_bool)),
+    "ggml_build_forward_expand": (None, (_P, _P)),
+    "ggml_backend_cpu_buffer_from_ptr": (_P, (_P, _N)),
+    "ggml_backend_buffer_free": (None, (_P,)),
+    "ggml_backend_buffer_get_base": (_P, (_P,)),
+    "ggml_backend_buffer_get_size": (_N, (_P,)),
+    "ggml_backend_buft_name": (ctypes.c_char_p, (_P,)),
+    "ggml_backend_buft_alloc_buffer": (_P, (_P, _N)),
+    "ggml_backend_tensor_alloc": (ctypes.c_int, (_P, _P, _P)),
+    "ggml_backend_tensor_set": (None, (_P, _P, _N, _N)),
+    "ggml_backend_supports_op": (ctypes.c_bool, (_P, _P)),
+    "ggml_backend_graph_compute": (ctypes.c_int, (_P, _P)),
+    "ggml_backend_free": (None, (_P,)),
+    "ggml_backend_get_device": (_P, (_P,)),
+    "ggml_backend_dev_backend_reg": (_P, (_P,)),
+    "ggml_backend_reg_get_proc_address": (_P, (_P, ctypes.c_char_p)),
+}
+
+
+class Products:
+    """ggml's CPU backend as a product with matrices; its work memory lives as long as this does."""
+
+    def __init__(self, n_threads: int) -> None:
+        ggml = _ggml_base()
+        self._room = _Room()
+        self._backend = _ggml.libggml.ggml_backend_init_by_type(_CPU, None)
+        if not self._backend:
+            raise EngineError("ggml has no CPU backend here", problems=native.recent_log())
+        weakref.finalize(self, _close, self._backend, self._room)
+        device = ggml.ggml_backend_get_device(self._backend)
+        self._registry = ggml.ggml_backend_dev_backend_reg(device)
+        self._procedure("set_n_threads", None, _P, ctypes.c_int)(self._backend, n_threads)
+        self._repacked = None if amx.warning() else self._buffer_type(device, _REPACKED)
+
+    def times(
+        self,
+        x: NDArray[np.floating[Any]],
+        raw: NDArray[np.uint8],
+        kind: GGMLQuantizationType,
+        *,
+        repacked: bool = False,
+    ) -> NDArray[np.float32]:
+        """x W^T, (t, out) float32.
+
+        Args:
+            x: (t, in) float32.
+            raw: (out, bytes of a row) uint8, the stored blocks of W.
+            repacked: rearrange a copy of the blocks first, for kernels that are faster on it.
+
+        Raises:
+            ValueError: shapes that do not fit, or a matrix that cannot be repacked: see `repacks`
+                (bugs of the caller: C would overrun or crash).
+            EngineError: ggml could not compute it.
+        """
+        x, raw = np.ascontiguousarray(x), np.ascontiguousarray(raw)
+        y = _empty(len(x), len(raw))
+        with self._product(x, raw, kind, y, repacked) as (ggml, context, result):
+            if not ggml.ggml_backend_supports_op(self._backend, result.node):
+                raise ValueError(f"ggml has no such product with {kind.name}")
+            if repacked:
+                with native.interrupts_held():  # it logs
+                    ggml.ggml_backend_tensor_set(result.weights, raw.ctypes.data, 0, raw.nbytes)
+            graph = ggml.ggml_new_graph_custom(context, _N_TENSORS, False)
+            ggml.ggml_build_forward_expand(graph, result.node)
+            code = ggml.ggml_backend_graph_compute(self._backend, graph)
+        if code:
+            raise EngineError(f"ggml could not multiply: code {code}", problems=native.recent_log())
+        return y
+
+    def repacks(self, raw: NDArray[np.uint8], kind: GGMLQuantizationType, n_in: int) -> bool:
+        """Whether ggml has kernels for this matrix, repacked, on this CPU; see `times`."""
+        if self._repacked is None or raw.nbytes > MAX_REPACKED_BYTES:
+            return False
+        x, y = _empty(1, n_in), _empty(1, len(raw))
+        with self._product(x, raw, kind, y, repacked=True) as (ggml, _, result):
+            return bool(ggml.ggml_backend_supports_op(self._backend, result.node))
+
+    @contextmanager
+    def _product(
+        self,
+        x: NDArray[np.floating[Any]],
+        raw: NDArray[np.uint8],
+        kind: GGMLQuantizationType,
+        y: NDArray[np.float32],
+        repacked: bool,
+    ) -> Iterator[tuple[Any, int, _Product]]:
+        """ggml, a context, and the node of the product in it, over the memory of the arrays."""
+        _refuse_misfits(x, raw, kind)
+        ggml = _ggml_base()
+        size = _N_TENSORS * ggml.ggml_tensor_overhead()
+        size += ggml.ggml_graph_overhead_custom(_N_TENSORS, False)
+        context = ggml.ggml_init(_InitParams(size, None, True))
+        buffers: list[int] = []
+
+        def place(tensor: int, array: NDArray[Any]) -> None:
+            # A buffer has to begin at a round address; a tensor in it may begin anywhere.
+            address, past = array.ctypes.data, array.ctypes.data % _ALIGNMENT
+            buffer = ggml.ggml_backend_cpu_buffer_from_ptr(address - past, array.nbytes + past)
+            buffers.append(buffer)
+            ggml.ggml_backend_tensor_alloc(buffer, tensor, address)
+
+        try:
+            weights = ggml.ggml_new_tensor_2d(context, int(kind), x.shape[1], len(raw))
+            rows = ggml.ggml_new_tensor_2d(context, GGMLQuantizationType.F32, x.shape[1], len(x))
+            if repacked:
+                room = self._room.of(self._repacked, raw.nbytes)
+                base = ggml.ggml_backend_buffer_get_base(room)
+                ggml.ggml_backend_tensor_alloc(room, weights, base)
+            else:
+                place(weights, raw)
+            place(rows, x)
+            node = ggml.ggml_mul_mat(context, weights, rows)
+            place(node, y)
+            yield ggml, context, _Product(weights, node)
+        finally:
+            for buffer in buffers:
+                ggml.ggml_backend_buffer_free(buffer)
+            ggml.ggml_free(context)
+
+    def _procedure(self, name: str, result: Any, *arguments: Any) -> Any:
+        """A function of the backend that has no symbol of its own."""
+        full = f"ggml_backend_{name}".encode()
+        address = _ggml_base().ggml_backend_reg_get_proc_address(self._registry, full)
+        if not address:
+            raise EngineError(f"ggml's CPU backend has no {full.decode()}")
+        return ctypes.CFUNCTYPE(result, *arguments)(address)
+
+    def _buffer_type(self, device: int, name: bytes) -> int | None:
+        """One of the backend's extra types of buffers."""
+        found = self._procedure("dev_get_extra_bufts", ctypes.POINTER(_P), _P)(device)
+        listed = itertools.takewhile(bool, (found[i] for i in itertools.count())) if found else ()
+        names = {_ggml_base().ggml_backend_buft_name(buffer): buffer for buffer in listed}
+        return names.get(name)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Tensors of a ggml graph: W, and x W^T."""
+
+    weights: int
+    node: int
+
+
+class _Room:
+    """A buffer for repacked weights, as large as the largest matrix so far."""
+
+    def __init__(self) -> None:
+        self._buffer = 0
+
+    def of(self, buffer_type: int | None, size_bytes: int) -> int:
+        """A buffer of this size or more; what lay in it is gone."""
+        ggml = _ggml_base()
+        if self._buffer and ggml.ggml_backend_buffer_get_size(self._buffer) >= size_bytes:
+            return self._buffer
+        self.free()
+        self._buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, size_bytes) or 0
+        if not self._buffer:
+            raise EngineError(f"no memory for {size_bytes / 1e6:,.0f} MB of repacked weights")
+        return self._buffer
+
+    def free(self) -> None:
+        """Give it back."""
+        if self._buffer:
+            _ggml_base().ggml_backend_buffer_free(self._buffer)
+        self._buffer = 0
+
+
+@functools.cache
+def _ggml_base() -> Any:
+    """libggml-base with the signatures of the functions used here."""
+    native.start()
+    library = native.ggml_base()
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    make = _ggml.libggml.ggml_backend_init_by_type
+    make.restype, make.argtypes = _P, (ctypes.c_int, ctypes.c_char_p)
+    return library
+
+
+def _close(backend: int, room: _Room) -> None:
+    room.free()
+    _ggml_base().ggml_backend_free(backend)
+
+
+def _empty(n_rows: int, n_columns: int) -> NDArray[np.float32]:
+    """An array without values that begins where ggml has its results begin."""
+    size_bytes = 4 * n_rows * n_columns
+    memory = np.empty(size_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size_bytes].view(np.float32).reshape(n_rows, n_columns)
+
+
+def _refuse_misfits(
+    x: NDArray[np.floating[Any]], raw: NDArray[np.uint8], kind: GGMLQuantizationType
+) -> None:
+    block_size, type_size = GGML_QUANT_SIZES[kind]
+    if x.dtype != np.float32 or raw.dtype != np.uint8 or x.ndim != 2 or raw.ndim != 2:
+        raise ValueError(f"{x.ndim}-d {x.dtype} by {raw.ndim}-d {raw.dtype}")
+    if not (x.size and raw.size and raw.flags.c_contiguous and x.flags.c_contiguous):
+        raise ValueError("a product of arrays that are empty or not contiguous")
+    if x.shape[1] * type_size != raw.shape[1] * block_size:
+        raise ValueError(f"{x.shape} by rows of {raw.shape[1]} bytes of {kind.name}")

@@ -1,0 +1,124 @@
+"""Which way x W^T is computed on this CPU: in float32, or by ggml's kernels where they are faster.
+
+Array is exact on the dequantised weights. ggml's kernels round rows of x, as llama.cpp does when
+it serves the result: see engine/products.py. On the way back there is no choice: blocks of integers
+lie along the rows of W, and a gradient is multiplied with its columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from numpy.typing import NDArray
+
+from edgelora.engine.machine import Findings
+from edgelora.engine.products import Products
+
+Array = NDArray[np.floating[Any]]
+Bytes = NDArray[np.uint8]
+
+logger = logging.getLogger(__name__)
+
+FLOAT32, MAPPED, REPACKED = "float32", "mapped", "repacked"
+# A way other than float32 has to take less than this share of its time, or nothing is gained for
+# what is rounded; the same for repacked weights beside those that stay as they are.
+WORTH = 0.8
+_EXACT = {"F64", "F32", "F16"}  # types that rounding x would make less exact than they are
+SMALL = 1 << 17  # weights of a matrix that is not worth a native call
+_TRIED_WEIGHTS, _TRIED_ROWS, _N_TRIES = 4 << 20, 128, 4
+_FINDINGS = Findings("products.json")
+
+
+class Kernels:
+    """Products with stored matrices, each type of weights in the way that is fastest here.
+
+    What is fastest is tried out once for each machine and type, a tenth of a second each, and kept
+    in the cache folder, so that the same build makes the same bytes.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._ways: dict[str, str] = {}
+
+    def choose(
+        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[int], Array]
+    ) -> None:
+        """Settle on the way of a type of weights, by one matrix of that type.
+
+        Args:
+            raw: (out, bytes of a row) uint8, the stored blocks of W.
+            n_in: values of a row.
+            in_float: the first n rows of W in float32, n given.
+        """
+        if kind.name not in self._ways and self._is_concerned(raw, kind, n_in):
+            self._ways[kind.name] = self._find_way(raw, kind, n_in, in_float)
+
+    def times(self, x: Array, raw: Bytes, kind: GGMLQuantizationType) -> Array | None:
+        """x W^T, (t, out) float32, for x (t, in) float32; None where float32 is the way."""
+        way = self._ways.get(kind.name, FLOAT32)
+        if way == FLOAT32 or not self._is_concerned(raw, kind, x.shape[1]):
+            return None
+        repacked = way == REPACKED and self._products.repacks(raw, kind, x.shape[1])
+        return self._products.times(x, raw, kind, repacked=repacked)
+
+    def _is_concerned(self, raw: Bytes, kind: GGMLQuantizationType, n_in: int) -> bool:
+        return kind.name not in _EXACT and len(raw) * n_in >= SMALL
+
+    @functools.cached_property
+    def _products(self) -> Products:
+        return Products(self._n_threads)
+
+    def _find_way(
+        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[int], Array]
+    ) -> str:
+        what = f"{kind.name}, {self._n_threads} threads"
+        kept = _FINDINGS.read(what)
+        if isinstance(kept, str) and kept in (FLOAT32, MAPPED, REPACKED):
+            return kept
+        seconds = self._try(raw[: _TRIED_WEIGHTS // n_in], kind, n_in, in_float)
+        found = fastest(seconds)
+        logger.debug("products with %s: %s of %s", kind.name, found, seconds)
+        try:
+            _FINDINGS.store(what, found)
+        except OSError as error:
+            logger.debug("not kept (%s); it will be tried out again", error)
+        return found
+
+    def _try(
+        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[int], Array]
+    ) -> dict[str, float]:
+        """The shortest time of each way, tried in turns."""
+        x = np.random.default_rng(0).standard_normal((_TRIED_ROWS, n_in), np.float32)
+        times = self._products.times
+        ways: dict[str, Callable[[], Array]] = {
+            FLOAT32: lambda: x @ in_float(len(raw)).T,
+            MAPPED: lambda: times(x, raw, kind),
+        }
+        if self._products.repacks(raw, kind, n_in):
+            ways[REPACKED] = lambda: times(x, raw, kind, repacked=True)
+        seconds = dict.fromkeys(ways, np.inf)
+        for way, run in [*ways.items()] * _N_TRIES:
+            started = time.perf_counter()
+            run()
+            seconds[way] = min(seconds[way], time.perf_counter() - started)
+        return seconds
+
+
+def fastest(seconds: dict[str, float]) -> str:
+    """The first way after which none is faster by more than a fifth.
+
+    Example:
+        >>> fastest({"float32": 1.0, "mapped": 0.9, "repacked": 0.7})
+        'repacked'
+    """
+    chosen = FLOAT32
+    for way in (MAPPED, REPACKED):
+        if seconds.get(way, np.inf) < WORTH * seconds[chosen]:
+            chosen = way
+    return chosen
