@@ -37,12 +37,14 @@ from measure_memory import watch
 from edgelora.adapters.base import Base, read_base
 from edgelora.adapters.gguf_lora import PairPlan, check, open_lora
 from edgelora.bases import resolve
+from edgelora.engine.products import Products
 from edgelora.engine.score import TokenisedExample, mean_loss
 from edgelora.gradient import weights
 from edgelora.gradient.decoder import Decoder, PassOptions, open_decoder
 from edgelora.gradient.observers import CoefficientGradients
 
 ADAPTED = ("attn_q.weight", "attn_k.weight", "attn_v.weight")
+PARTS = ("sgemm_s", "ggml_s", "dequantize_s")  # what a pass is parted into; the rest is ours
 N_FILES = 4  # of the bank; more adapters than files are the same files again
 
 
@@ -66,7 +68,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--base", default="smollm2-135m-instruct")
     parser.add_argument("--shape", choices=SHAPES, help="a base of random weights instead")
-    parser.add_argument("--type", default="q4_0", help="of its weights")
+    parser.add_argument("--type", default="q4_0", help="of its weights, e.g. q4_k_m")
     parser.add_argument("--layers", type=int, default=0, help="fewer layers than it has")
     parser.add_argument("--llama-type", help="llama.cpp gets a copy of this type, e.g. q8_0")
     parser.add_argument("--low-ram", action="store_true", help="llama.cpp does not repack")
@@ -110,16 +112,22 @@ def base_of(options: argparse.Namespace) -> Path:
 
 def prepare(options: argparse.Namespace) -> None:
     """Write what is missing in the folder."""
+    from edgelora.engine.quantize import quantize
+
     options.folder.mkdir(parents=True, exist_ok=True)
     base = base_of(options)
     if options.shape and not base.exists():
         shape = SHAPES[options.shape]
         shape = replace(shape, n_layer=options.layers or shape.n_layer)
-        write_base(base, shape, dtype=options.type)
+        if "_k" in options.type:  # which llama.cpp alone can write
+            with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+                plain = Path(scratch) / base.name
+                write_base(plain, shape, dtype="q8_0")
+                quantize(plain, base, options.type)
+        else:
+            write_base(base, shape, dtype=options.type)
     copy = llama_base(options)
     if not copy.exists():
-        from edgelora.engine.quantize import quantize
-
         quantize(base, copy, options.llama_type)
     if options.adapters:
         write_bank_for(read_base(base), bank_of(options), options.rank)
@@ -264,7 +272,7 @@ def measured(
     """Time, and where it went in one run more: matrix products, dequantising, the rest."""
     result = best(once, options.repeat)
     rows = decoder.count_rows(texts, PassOptions(max_tokens=2048))
-    spent: dict[str, float] = {"sgemm_s": 0.0, "dequantize_s": 0.0, "flop": 0.0}
+    spent: dict[str, float] = dict.fromkeys((*PARTS, "flop"), 0.0)
     started = time.perf_counter()
     with instrumented(spent):
         once()
@@ -275,7 +283,7 @@ def measured(
 @contextlib.contextmanager
 def instrumented(spent: dict[str, float]) -> Iterator[None]:
     """Count the time of the products with the base's matrices and of dequantising."""
-    matmul, in_float = np.matmul, weights.Weights._in_float
+    matmul, in_float, times = np.matmul, weights.Weights._in_float, Products.times
 
     def timed_matmul(a: Any, b: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
@@ -284,15 +292,19 @@ def instrumented(spent: dict[str, float]) -> Iterator[None]:
         spent["flop"] += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
         return result
 
-    def timed_in_float(*arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = in_float(*arguments)
-        spent["dequantize_s"] += time.perf_counter() - started
-        return result
+    def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments, **keywords)
+            spent[part] += time.perf_counter() - started
+            return result
+
+        return run
 
     with (
         patch.object(np, "matmul", timed_matmul),
-        patch.object(weights.Weights, "_in_float", timed_in_float),
+        patch.object(weights.Weights, "_in_float", timed(in_float, "dequantize_s")),
+        patch.object(Products, "times", timed(times, "ggml_s")),
     ):
         yield
 
@@ -351,19 +363,19 @@ def report(rows: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
         f"{', not repacked' if options.low_ram else ', repacked where it can be'};"
         f" {psutil.cpu_count(logical=False)} cores",
         "",
-        "| arm | rows | s | / llama.cpp | sgemm | dequantising | GFLOP/s (alone) | MB | read MB |"
-        " loss |",
-        "|---|" + "---:|" * 9,
+        "| arm | rows | s | / llama.cpp | sgemm | ggml's products | dequantising |"
+        " GFLOP/s of sgemm (alone) | MB | read MB | loss |",
+        "|---|" + "---:|" * 10,
     ]
     for name, row in rows.items():
         sharing = name.partition(", ")[2]
         llama = rows.get(f"llama, {sharing}")
         times = f"{row['seconds'] / llama['seconds']:.2f}" if llama else ""
-        parts = ["", "", ""]
+        parts = ["", "", "", ""]
         if "whole_s" in row:
             rate = row["flop"] / max(row["sgemm_s"], 1e-9) / 1e9
-            parts = [f"{row[part] / row['whole_s']:.0%}" for part in ("sgemm_s", "dequantize_s")]
-            parts.append(f"{rate:.0f} ({row['alone']:.0f})")
+            parts = [f"{row[part] / row['whole_s']:.0%}" for part in PARTS]
+            parts.append(f"{rate:.0f} ({row['alone']:.0f})" if row["flop"] else "")
         cells = [name, str(row["rows"]), f"{row['seconds']:.2f}", times, *parts]
         cells += [f"{row['peak_mb']:.0f}", f"{row['read_mb']:.0f}", f"{row['loss']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")

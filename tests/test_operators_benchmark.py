@@ -409,6 +409,16 @@ def test_a_table_holds_shares_by_hand() -> None:
     assert any(row.startswith("| op-mixture | 3 | 0.557 [") for row in told)
 
 
+def test_a_table_has_the_tasks_that_were_measured_with_that_much_hidden() -> None:
+    """Base and own of a task that only leave-one-task-out has are not of leave-one-source-out."""
+    more = [line("d", "base", 4.0), line("d", "own", 1.0), line("a", "build", 2.0, split="task"),
+            line("d", "build", 1.0, split="task"), line("b", "few-3", 1.5, split=None)]  # fmt: skip
+    by_source, by_task = summary.tables(keyed([*LINES, *more]))
+    assert (by_source.split, by_source.tasks) == ("source", ["a", "b", "c"])
+    assert (by_task.split, by_task.tasks) == ("task", ["a", "d"])
+    assert by_source.of("few-3") == ["b"] and not by_task.of("few-3")
+
+
 def test_arms_of_both_benchmarks_are_told_by_the_gradient_one_too() -> None:
     items = {"nll": [5.0, 5.0], "n_tokens": [1, 1], "rouge_l": []}
     lines = [

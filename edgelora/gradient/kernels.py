@@ -31,15 +31,17 @@ FLOAT32, MAPPED, REPACKED = "float32", "mapped", "repacked"
 WORTH = 0.8
 _EXACT = {"F64", "F32", "F16"}  # types that rounding x would make less exact than they are
 SMALL = 1 << 17  # weights of a matrix that is not worth a native call
-_TRIED_WEIGHTS, _TRIED_ROWS, _N_TRIES = 4 << 20, 128, 4
+_TRIED_WEIGHTS, _TRIED_ROWS = 4 << 20, 128
+_WHOLE = 64  # rows of W: kernels work on as many or a half of it, and are slow on what is left over
+_N_ROUNDS, _N_IN_A_ROW = 2, 5
 _FINDINGS = Findings("products.json")
 
 
 class Kernels:
     """Products with stored matrices, each type of weights in the way that is fastest here.
 
-    What is fastest is tried out once for each machine and type, a tenth of a second each, and kept
-    in the cache folder, so that the same build makes the same bytes.
+    What is fastest is tried out once for each machine and type, half a second each at most, and
+    kept in the cache folder, so that the same build makes the same bytes.
     """
 
     def __init__(self, n_threads: int) -> None:
@@ -81,7 +83,8 @@ class Kernels:
         kept = _FINDINGS.read(what)
         if isinstance(kept, str) and kept in (FLOAT32, MAPPED, REPACKED):
             return kept
-        seconds = self._try(raw[: _TRIED_WEIGHTS // n_in], kind, n_in, in_float)
+        n_rows = max(_TRIED_WEIGHTS // n_in // _WHOLE, 1) * _WHOLE
+        seconds = self._try(raw[:n_rows], kind, n_in, in_float)
         found = fastest(seconds)
         logger.debug("products with %s: %s of %s", kind.name, found, seconds)
         try:
@@ -93,7 +96,11 @@ class Kernels:
     def _try(
         self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[int], Array]
     ) -> dict[str, float]:
-        """The shortest time of each way, tried in turns."""
+        """The shortest time of each way.
+
+        Each is run several times in a row, as passes do: threads of BLAS and of ggml wait for more
+        work on their core for a while, at the cost of the other's first product.
+        """
         x = np.random.default_rng(0).standard_normal((_TRIED_ROWS, n_in), np.float32)
         times = self._products.times
         ways: dict[str, Callable[[], Array]] = {
@@ -103,9 +110,9 @@ class Kernels:
         if self._products.repacks(raw, kind, n_in):
             ways[REPACKED] = lambda: times(x, raw, kind, repacked=True)
         seconds = dict.fromkeys(ways, np.inf)
-        for way, run in [*ways.items()] * _N_TRIES:
+        for way in [way for way in [*ways] * _N_ROUNDS for _ in range(_N_IN_A_ROW)]:
             started = time.perf_counter()
-            run()
+            ways[way]()
             seconds[way] = min(seconds[way], time.perf_counter() - started)
         return seconds
 

@@ -116,15 +116,16 @@ class Weights:
         return self._blocks(name).reshape(self.gguf.tensors[name].shape[0], -1)
 
     def _choose(self, kernels: Kernels) -> None:
-        """Have the kernels settle on a way for each type of the blocks' matrices."""
-        for name, info in self.gguf.tensors.items():
-            if name.startswith("blk.") and len(info.shape) == 2:
-                columns = slice(0, info.shape[1])
+        """Have the kernels settle on a way for each type, by the blocks' largest matrix of it."""
+        named = ((n, i) for n, i in self.gguf.tensors.items() if n.startswith("blk."))
+        matrices = [(n, i) for n, i in named if len(i.shape) == 2]
+        for name, info in sorted(matrices, key=lambda m: -m[1].shape[0] * m[1].shape[1]):
+            columns = slice(0, info.shape[1])
 
-                def in_float(n: int, name: str = name, columns: slice = columns) -> Array:
-                    return self._in_float(name, slice(0, n), columns)
+            def in_float(n: int, name: str = name, columns: slice = columns) -> Array:
+                return self._in_float(name, slice(0, n), columns)
 
-                kernels.choose(self._rows(name), info.ggml_type, info.shape[1], in_float)
+            kernels.choose(self._rows(name), info.ggml_type, info.shape[1], in_float)
 
     def _in_float(self, name: str, rows: slice, columns: slice) -> Array:
         """A part of a matrix; in float32 it lies in the one buffer, until the next call."""

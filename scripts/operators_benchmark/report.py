@@ -179,7 +179,10 @@ def _labels(found: Sequence[Table]) -> str:
 
 
 def _crossed(found: Sequence[Table], what: str, column_of: Callable[[Table], str | None]) -> str:
-    """Arms by columns of several tables, by bed, without those of the headline's column alone."""
+    """Arms by columns of several tables, by bed, without those of the headline's column alone.
+
+    Ways to combine the same adapters have a table of their own, `_merges`.
+    """
     parts = []
     for bed in dict.fromkeys(table.bed for table in found):
         there = [(c, t) for t in found if t.bed == bed and (c := column_of(t)) is not None]
@@ -187,7 +190,7 @@ def _crossed(found: Sequence[Table], what: str, column_of: Callable[[Table], str
             continue
         others = [t for _, t in there if (t.split, t.labels) != HEADLINE]
         arms = dict.fromkeys(arm for _, table in there for arm in table.arms if table.of(arm))
-        wanted = [a for a in arms if a not in ("base", "own")
+        wanted = [a for a in arms if a not in ("base", "own") and not a.startswith("uniform ")
                   and any(t.of(a) for t in others)]  # fmt: skip
         lines = [[arm, *(_crossing(table, arm) for _, table in there)] for arm in wanted]
         head = ["arm", *(f"{what} {column}" for column, _ in there)]

@@ -106,13 +106,15 @@ def tables(rows: Mapping[Key, Row]) -> list[Table]:
 
 
 def _table(rows: Mapping[Key, Row], bed: str, split: str, labels: int) -> Table:
+    """Its tasks are those that an arm with a bank was measured on, with that much hidden."""
     arms: dict[str, ByTask] = {}
-    sources: dict[str, list[str]] = {}
-    for row in rows.values():
-        if row["bed"] == bed:
-            sources[row["task"]] = row["source"]
-            if row["split"] in (None, split) and row["labels"] in (None, labels):
-                arms.setdefault(row["arm"], {}).setdefault(row["task"], []).append(row)
+    of_bed = [row for row in rows.values() if row["bed"] == bed]
+    sources = {row["task"]: row["source"] for row in of_bed}
+    tasks = {row["task"] for row in of_bed if row["split"] == split}
+    for row in of_bed:
+        is_of = row["split"] in (None, split) and row["labels"] in (None, labels)
+        if is_of and row["task"] in tasks:
+            arms.setdefault(row["arm"], {}).setdefault(row["task"], []).append(row)
     arms = {"base": arms.pop("base", {}), **arms}
     return Table(bed, split, labels, arms, families(sources))
 
