@@ -123,6 +123,8 @@ def test_what_does_not_fit_never_reaches_ggml(product: Products) -> None:
         (x, raw.view(np.int8), Kind.Q4_0),
         (x[:0], raw, Kind.Q4_0),
         (x, raw[0], Kind.Q4_0),
+        (x, np.zeros((4, N_IN // 32 * 36), np.uint8), Kind.Q8_1),
+        (x, np.zeros((4, N_IN // 256 * 292), np.uint8), Kind.Q8_K),
     ):
         with pytest.raises(ValueError, match=r"by|empty"):
             product.times(wrong_x, wrong_raw, kind)
@@ -194,7 +196,7 @@ def test_a_way_is_tried_out_once_and_kept(
 def test_small_and_exact_matrices_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "fastest", lambda seconds: pytest.fail("tried out"))
     found = Kernels(n_threads=1)
-    for kind in (Kind.F32, Kind.F16, Kind.Q4_0):
+    for kind in (Kind.F32, Kind.F16, Kind.Q4_0):  # the last is small
         found.choose(matrix(kind), kind, N_IN, lambda n: np.ones((n, N_IN), np.float32))
         assert found.times(rows(), matrix(kind), kind) is None
 

@@ -23,6 +23,10 @@ from numpy.typing import NDArray
 from edgelora.engine import amx, native
 from edgelora.errors import EngineError
 
+# Types whose kernels are tried here: those that files are made in. ggml has no product, and would
+# crash, with some of its others.
+_NAMES = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS"
+KINDS = frozenset(GGMLQuantizationType[name] for name in _NAMES.split())
 # A larger matrix, such as the head, is not repacked: a copy of its blocks is kept in memory.
 MAX_REPACKED_BYTES = 64 << 20
 
@@ -97,8 +101,8 @@ class Products:
             repacked: rearrange a copy of the blocks first, for kernels that are faster on it.
 
         Raises:
-            ValueError: shapes that do not fit, or a matrix that cannot be repacked: see `repacks`
-                (bugs of the caller: C would overrun or crash).
+            ValueError: a type that is not of KINDS, shapes that do not fit, or a matrix that cannot
+                be repacked: see `repacks` (bugs of the caller: C would overrun or crash).
             EngineError: ggml could not compute it.
         """
         x, raw = np.ascontiguousarray(x), np.ascontiguousarray(raw)
@@ -243,6 +247,8 @@ def _empty(n_rows: int, n_columns: int) -> NDArray[np.float32]:
 def _refuse_misfits(
     x: NDArray[np.floating[Any]], raw: NDArray[np.uint8], kind: GGMLQuantizationType
 ) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"no product by ggml with {kind.name}")
     block_size, type_size = GGML_QUANT_SIZES[kind]
     if x.dtype != np.float32 or raw.dtype != np.uint8 or x.ndim != 2 or raw.ndim != 2:
         raise ValueError(f"{x.ndim}-d {x.dtype} by {raw.ndim}-d {raw.dtype}")

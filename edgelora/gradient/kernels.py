@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from edgelora.engine.machine import Findings
-from edgelora.engine.products import Products
+from edgelora.engine.products import KINDS, Products
 
 Array = NDArray[np.floating[Any]]
 Bytes = NDArray[np.uint8]
@@ -29,7 +29,8 @@ FLOAT32, MAPPED, REPACKED = "float32", "mapped", "repacked"
 # A way other than float32 has to take less than this share of its time, or nothing is gained for
 # what is rounded; the same for repacked weights beside those that stay as they are.
 WORTH = 0.8
-_EXACT = {"F64", "F32", "F16"}  # types that rounding x would make less exact than they are
+# F32 and F16 weights are as exact as float32 makes them, and rounded rows would not be.
+ROUNDING = KINDS - {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
 SMALL = 1 << 17  # weights of a matrix that is not worth a native call
 _TRIED_WEIGHTS, _TRIED_ROWS = 4 << 20, 128
 _WHOLE = 64  # rows of W: kernels work on as many or a half of it, and are slow on what is left over
@@ -70,7 +71,7 @@ class Kernels:
         return self._products.times(x, raw, kind, repacked=repacked)
 
     def _is_concerned(self, raw: Bytes, kind: GGMLQuantizationType, n_in: int) -> bool:
-        return kind.name not in _EXACT and len(raw) * n_in >= SMALL
+        return kind in ROUNDING and len(raw) * n_in >= SMALL
 
     @functools.cached_property
     def _products(self) -> Products:
