@@ -1,6 +1,6 @@
 """Which way x W^T is computed on this CPU: in float32, or by ggml's kernels where they are faster.
 
-Array is exact on the dequantised weights. ggml's kernels round rows of x, as llama.cpp does when
+Float32 is exact on the dequantised weights. ggml's kernels round rows of x, as llama.cpp does when
 it serves the result: see engine/products.py. On the way back there is no choice: blocks of integers
 lie along the rows of W, and a gradient is multiplied with its columns.
 """
@@ -30,7 +30,7 @@ FLOAT32, MAPPED, REPACKED = "float32", "mapped", "repacked"
 # what is rounded; the same for repacked weights beside those that stay as they are.
 WORTH = 0.8
 # F32 and F16 weights are as exact as float32 makes them, and rounded rows would not be.
-ROUNDING = KINDS - {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
+_ROUNDING = KINDS - {GGMLQuantizationType.F32, GGMLQuantizationType.F16}
 SMALL = 1 << 17  # weights of a matrix that is not worth a native call
 _TRIED_WEIGHTS, _TRIED_ROWS = 4 << 20, 128
 _WHOLE = 64  # rows of W: kernels work on as many or a half of it, and are slow on what is left over
@@ -71,7 +71,7 @@ class Kernels:
         return self._products.times(x, raw, kind, repacked=repacked)
 
     def _is_concerned(self, raw: Bytes, kind: GGMLQuantizationType, n_in: int) -> bool:
-        return kind in ROUNDING and len(raw) * n_in >= SMALL
+        return kind in _ROUNDING and len(raw) * n_in >= SMALL
 
     @functools.cached_property
     def _products(self) -> Products:
