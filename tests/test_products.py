@@ -203,7 +203,13 @@ def test_small_and_exact_matrices_stay_in_float32(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("mapped", "repacked", "expected"),
-    [(0.9, None, FLOAT32), (0.7, None, MAPPED), (0.7, 0.6, MAPPED), (0.7, 0.5, REPACKED)],
+    [
+        (0.96, None, FLOAT32),
+        (1.1, 0.7, REPACKED),
+        (0.7, None, MAPPED),
+        (0.7, 0.6, MAPPED),
+        (0.7, 0.5, REPACKED),
+    ],
 )
 def test_another_way_has_to_be_worth_it(
     mapped: float, repacked: float | None, expected: str
