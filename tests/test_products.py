@@ -197,7 +197,9 @@ def test_small_and_exact_matrices_stay_in_float32(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(kernels, "fastest", lambda seconds: pytest.fail("tried out"))
     found = Kernels(n_threads=1)
     for kind in (Kind.F32, Kind.F16, Kind.Q4_0):  # the last is small
-        found.choose(matrix(kind), kind, N_IN, lambda n: np.ones((n, N_IN), np.float32))
+        found.choose(
+            matrix(kind), kind, N_IN, lambda part: np.ones((N_OUT, N_IN), np.float32)[part]
+        )
         assert found.times(rows(), matrix(kind), kind) is None
 
 

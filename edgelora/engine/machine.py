@@ -68,6 +68,11 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def n_cores() -> int:
+    """Physical cores; 1 where the system does not tell."""
+    return psutil.cpu_count(logical=False) or 1
+
+
 def _key(what: str) -> str:
-    cores = f"{psutil.cpu_count(logical=False) or 1} cores, {psutil.cpu_count()} threads"
+    cores = f"{n_cores()} cores, {psutil.cpu_count()} threads"
     return f"{cpu_model()}, {cores}, llama-cpp-python {native.version()}, {what}"

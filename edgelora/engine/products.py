@@ -76,6 +76,7 @@ class Products:
     def __init__(self, n_threads: int) -> None:
         ggml = _ggml_base()
         self._room = _Room()
+        self._can_repack: dict[tuple[GGMLQuantizationType, int, int], bool] = {}
         self._backend = _ggml.libggml.ggml_backend_init_by_type(_CPU, None)
         if not self._backend:
             raise EngineError("ggml has no CPU backend here", problems=native.recent_log())
@@ -107,14 +108,15 @@ class Products:
         """
         x, raw = np.ascontiguousarray(x), np.ascontiguousarray(raw)
         y = _empty(len(x), len(raw))
-        with self._product(x, raw, kind, y, repacked) as (ggml, context, result):
-            if not ggml.ggml_backend_supports_op(self._backend, result.node):
+        ggml = _ggml_base()
+        with self._product(x, raw, kind, y, repacked) as made:
+            if not ggml.ggml_backend_supports_op(self._backend, made.node):
                 raise ValueError(f"ggml has no such product with {kind.name}")
             if repacked:
                 with native.interrupts_held():  # it logs
-                    ggml.ggml_backend_tensor_set(result.weights, raw.ctypes.data, 0, raw.nbytes)
-            graph = ggml.ggml_new_graph_custom(context, _N_TENSORS, False)
-            ggml.ggml_build_forward_expand(graph, result.node)
+                    ggml.ggml_backend_tensor_set(made.weights, raw.ctypes.data, 0, raw.nbytes)
+            graph = ggml.ggml_new_graph_custom(made.context, _N_TENSORS, False)
+            ggml.ggml_build_forward_expand(graph, made.node)
             code = ggml.ggml_backend_graph_compute(self._backend, graph)
         if code:
             raise EngineError(f"ggml could not multiply: code {code}", problems=native.recent_log())
@@ -124,9 +126,13 @@ class Products:
         """Whether ggml has kernels for this matrix, repacked, on this CPU; see `times`."""
         if self._repacked is None or raw.nbytes > MAX_REPACKED_BYTES:
             return False
-        x, y = _empty(1, n_in), _empty(1, len(raw))
-        with self._product(x, raw, kind, y, repacked=True) as (ggml, _, result):
-            return bool(ggml.ggml_backend_supports_op(self._backend, result.node))
+        key = (kind, len(raw), n_in)
+        if key not in self._can_repack:
+            x, y = _empty(1, n_in), _empty(1, len(raw))
+            with self._product(x, raw, kind, y, repacked=True) as made:
+                supports = _ggml_base().ggml_backend_supports_op
+                self._can_repack[key] = bool(supports(self._backend, made.node))
+        return self._can_repack[key]
 
     @contextmanager
     def _product(
@@ -136,8 +142,8 @@ class Products:
         kind: GGMLQuantizationType,
         y: NDArray[np.float32],
         repacked: bool,
-    ) -> Iterator[tuple[Any, int, _Product]]:
-        """ggml, a context, and the node of the product in it, over the memory of the arrays."""
+    ) -> Iterator[_Product]:
+        """The product in a context of its own, over the memory of the arrays."""
         _refuse_misfits(x, raw, kind)
         ggml = _ggml_base()
         size = _N_TENSORS * ggml.ggml_tensor_overhead()
@@ -164,7 +170,7 @@ class Products:
             place(rows, x)
             node = ggml.ggml_mul_mat(context, weights, rows)
             place(node, y)
-            yield ggml, context, _Product(weights, node)
+            yield _Product(context, weights, node)
         finally:
             for buffer in buffers:
                 ggml.ggml_backend_buffer_free(buffer)
@@ -188,8 +194,9 @@ class Products:
 
 @dataclass(frozen=True)
 class _Product:
-    """Tensors of a ggml graph: W, and x W^T."""
+    """A ggml context with two tensors of a graph: W, and x W^T."""
 
+    context: int
     weights: int
     node: int
 

@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 import psutil
 
-from edgelora.engine.machine import Findings
+from edgelora.engine.machine import Findings, n_cores
 
 _FINDINGS = Findings("threads.json")
 
@@ -23,7 +23,7 @@ class Threads:
 
 def default_threads() -> int:
     """One for each physical core."""
-    return psutil.cpu_count(logical=False) or 1
+    return n_cores()
 
 
 def stored_threads(architecture: str) -> Threads | None:

@@ -50,14 +50,14 @@ class Kernels:
         self._ways: dict[str, str] = {}
 
     def choose(
-        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[int], Array]
+        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[slice], Array]
     ) -> None:
         """Settle on the way of a type of weights, by one matrix of that type.
 
         Args:
             raw: (out, bytes of a row) uint8, the stored blocks of W.
             n_in: values of a row.
-            in_float: the first n rows of W in float32, n given.
+            in_float: some rows of W in float32.
         """
         if kind.name not in self._ways and self._is_concerned(raw, kind, n_in):
             self._ways[kind.name] = self._find_way(raw, kind, n_in, in_float)
@@ -78,7 +78,7 @@ class Kernels:
         return Products(self._n_threads)
 
     def _find_way(
-        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[int], Array]
+        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[slice], Array]
     ) -> str:
         what = f"{kind.name}, {self._n_threads} threads"
         kept = _FINDINGS.read(what)
@@ -95,7 +95,7 @@ class Kernels:
         return found
 
     def _try(
-        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[int], Array]
+        self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[slice], Array]
     ) -> dict[str, float]:
         """The shortest time of each way.
 
@@ -105,7 +105,7 @@ class Kernels:
         x = np.random.default_rng(0).standard_normal((_TRIED_ROWS, n_in), np.float32)
         times = self._products.times
         ways: dict[str, Callable[[], Array]] = {
-            FLOAT32: lambda: x @ in_float(len(raw)).T,
+            FLOAT32: lambda: x @ in_float(slice(0, len(raw))).T,
             MAPPED: lambda: times(x, raw, kind),
         }
         if self._products.repacks(raw, kind, n_in):

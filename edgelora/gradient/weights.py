@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -118,14 +121,12 @@ class Weights:
     def _choose(self, kernels: Kernels) -> None:
         """Have the kernels settle on a way for each type, by the blocks' largest matrix of it."""
         named = ((n, i) for n, i in self.gguf.tensors.items() if n.startswith("blk."))
-        matrices = [(n, i) for n, i in named if len(i.shape) == 2]
-        for name, info in sorted(matrices, key=lambda m: -m[1].shape[0] * m[1].shape[1]):
-            columns = slice(0, info.shape[1])
-
-            def in_float(n: int, name: str = name, columns: slice = columns) -> Array:
-                return self._in_float(name, slice(0, n), columns)
-
-            kernels.choose(self._rows(name), info.ggml_type, info.shape[1], in_float)
+        matrices = [(math.prod(i.shape), n, i) for n, i in named if len(i.shape) == 2]
+        largest = {info.ggml_type: name for _, name, info in sorted(matrices, key=itemgetter(0))}
+        for kind, name in largest.items():
+            n_in = self.gguf.tensors[name].shape[1]
+            in_float = partial(self._in_float, name, columns=slice(0, n_in))
+            kernels.choose(self._rows(name), kind, n_in, in_float)
 
     def _in_float(self, name: str, rows: slice, columns: slice) -> Array:
         """A part of a matrix; in float32 it lies in the one buffer, until the next call."""
