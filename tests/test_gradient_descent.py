@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from edgelora.gradient.descent import (
     rank_adapters,
 )
 from edgelora.gradient.folds import make_folds, units_of_pass
-from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step
+from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step, vouched_loss
 from edgelora.gradient.observers import CoefficientGradients
 from edgelora.gradient.polish import PolishOptions, count_polish_tokens, fresh_pairs, polish
 from edgelora.gradient.stacks import Stacks, bytes_of_stacks
@@ -355,13 +356,19 @@ class Curve:
         return len(texts)
 
 
-def stop_on(*losses: float, n_passes: int = 9, patience: int = 2, n_folds: int = 2) -> Checkpoint:
+def stop_on(
+    *losses: float,
+    n_passes: int = 9,
+    patience: int = 2,
+    n_folds: int = 2,
+    enough: float = 0.0,
+) -> Checkpoint:
     work = Minimisation(
         Curve(*losses),  # type: ignore[arg-type]
         Recorded(),
         examples(4),
         Adam(step=1.0, momentum=0.0, memory=0.0),
-        Schedule(n_passes, 0, n_folds, patience, 0, (0, 1, 2, 3)),
+        Schedule(n_passes, 0, n_folds, patience, 0, (0, 1, 2, 3), enough),
         PassOptions(),
         key="",
     )
@@ -387,6 +394,31 @@ def test_it_stops_at_the_best_of_a_recorded_curve(
     )
     assert len(state.tally.held_out_losses) == n_done + 1
     assert state.tally.held_out_losses == pytest.approx(losses[: n_done + 1])
+
+
+@pytest.mark.parametrize(
+    ("losses", "n_done"),
+    [((0.9, 0.3, 0.07, 0.05), 2), ((0.9, 0.3, 0.08, 0.09, 0.1, 0.0), 4), ((0.07, 0.0), 0)],
+    ids=["below it", "not below it", "at the start"],
+)
+def test_it_stops_where_the_examples_cannot_vouch_for_less(
+    losses: tuple[float, ...], n_done: int
+) -> None:
+    enough = vouched_loss(examples(4))
+    assert enough == pytest.approx(math.log(6 / 5) * 4 / 10)  # four texts, ten tokens
+    state = stop_on(*losses, enough=enough)
+    assert state.tally.held_out_losses == pytest.approx(losses[: n_done + 1])
+
+
+def test_only_a_descent_on_answers_stops_where_it_is_sure(
+    decoder: Decoder, bank: list[LoraFile]
+) -> None:
+    def n_looks(**options: object) -> int:
+        chosen = DescentOptions(n_passes=2, n_folds=2, step=0.01, **options)  # type: ignore[arg-type]
+        return len(descend(decoder, bank, examples(4), np.full(3, 0.3), chosen).held_out_losses)
+
+    assert n_looks(enough=1e6) == 1
+    assert n_looks(enough=0) == n_looks(enough=1e6, objective="prompts") == 3
 
 
 def test_without_folds_all_passes_are_run() -> None:

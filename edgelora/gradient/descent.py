@@ -18,7 +18,14 @@ from edgelora.gradient.checkpoint import Checkpoint, fingerprint
 from edgelora.gradient.components import Components
 from edgelora.gradient.decoder import Decoder, PassOptions
 from edgelora.gradient.folds import Fold
-from edgelora.gradient.minimise import Interrupted, Minimisation, Schedule, Step, count_tokens
+from edgelora.gradient.minimise import (
+    Interrupted,
+    Minimisation,
+    Schedule,
+    Step,
+    count_tokens,
+    vouched_loss,
+)
 from edgelora.gradient.observers import CoefficientGradients, per_adapter
 from edgelora.gradient.updates import Updates, refuse_misfits
 from edgelora.gradient.variables import WEIGHTS, Coefficients, Combination
@@ -40,6 +47,8 @@ class DescentOptions:
             fewer; 0, or a single prompt, runs all passes. With K of them a pass costs 3 K - 2
             forward passes.
         patience: passes without a better held-out loss after which it stops.
+        enough: it stops below this much of the held-out loss that so few examples can vouch for,
+            see minimise.vouched_loss; 0: never.
         objective: "loss" of the completions; without completions "prompts", the loss of the
             prompts after what they share, or "entropy" of the first answer token
             (arXiv:2310.02575).
@@ -58,6 +67,7 @@ class DescentOptions:
     memory: float = 0.99
     averaging: float = 0.8
     patience: int = 2
+    enough: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +252,7 @@ def _minimisation(
     measure = layers.entropy if options.objective == "entropy" else layers.cross_entropy
     files = [(file.path.name, file.path.stat().st_size) for file in adapters]
     base = (decoder.base.identity.id, decoder.base.path.stat().st_size)
-    course = replace(options, n_passes=0, patience=0)  # they only say when it ends
+    course = replace(options, n_passes=0, patience=0, enough=0.0)  # they only say when it ends
     return Minimisation(
         decoder=decoder,
         variables=variables,
@@ -267,6 +277,7 @@ def _schedule(options: DescentOptions, examples: Sequence[TokenisedExample]) -> 
         batch_size=options.batch_size,
         n_folds=count_folds(examples, options),
         patience=options.patience,
+        enough=options.enough * vouched_loss(examples) if options.objective == "loss" else 0.0,
         seed=options.seed,
         prompts=tuple(example.prompt for example in examples),
     )

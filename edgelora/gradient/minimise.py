@@ -36,6 +36,7 @@ class Schedule:
         batch_size: examples a step; 0 for all.
         n_folds: of the cross-validation that stops the descent; 0 for none.
         patience: passes without a better held-out loss after which it stops.
+        enough: the held-out loss, nats a token, at which it stops: see `vouched_loss`.
     """
 
     n_passes: int
@@ -44,6 +45,7 @@ class Schedule:
     patience: int
     seed: int
     prompts: tuple[Hashable, ...]
+    enough: float = 0.0
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -148,8 +150,11 @@ class Minimisation:
     def _is_done(self, tally: Tally) -> bool:
         if tally.in_pass > self.schedule.n_passes:
             return True
+        if not self.schedule.n_folds:
+            return False
         waited = tally.in_pass - 1 - tally.best_pass
-        return bool(self.schedule.n_folds) and waited >= self.schedule.patience
+        is_enough = min(tally.held_out_losses, default=math.inf) <= self.schedule.enough
+        return is_enough or waited >= self.schedule.patience
 
     def _units(self, number: int) -> tuple[Unit, ...]:
         schedule = self.schedule
@@ -221,6 +226,19 @@ class Minimisation:
 def _appended(losses: tuple[float, ...], met: tuple[float, int]) -> tuple[float, ...]:
     nats, n_tokens = met
     return (*losses, nats / n_tokens) if n_tokens else losses
+
+
+def vouched_loss(examples: Sequence[TokenisedExample]) -> float:
+    """The lowest held-out loss that so few examples can vouch for, nats a completion token.
+
+    Who was right n times of n is right the next time with a probability of (n + 1) / (n + 2)
+    (Laplace's rule of succession), which makes log((n + 2) / (n + 1)) nats an answer. A descent
+    that goes on below it only grows surer of itself: of four examples of one class it learns that
+    there is no other.
+    """
+    n_answers = len({example.prompt for example in examples})
+    n_tokens = max(1, sum(len(example.completion) for example in examples))
+    return math.log((n_answers + 2) / (n_answers + 1)) * len(examples) / n_tokens
 
 
 def count_tokens(
