@@ -131,7 +131,7 @@ def limit_bytes() -> int:
 def _cgroups() -> Iterator[tuple[int, int]]:
     """Limit and free bytes of each cgroup of this process that has a limit, up to the root."""
     own = {"": "/", "memory": "/"}
-    with contextlib.suppress(OSError):  # another system
+    with contextlib.suppress(OSError, ValueError):  # another system, or lines not known here
         for line in _OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             own.update({name: path for name in controllers.split(",") if name in own})

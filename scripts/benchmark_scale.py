@@ -36,7 +36,7 @@ from edgelora.adapters.merge import merge_adapters, one_blas_thread
 from edgelora.bank import open_bank
 from edgelora.bank.index import list_adapters, store_records
 from edgelora.bank.records import BankRecord
-from edgelora.build.kernels import open_mixture
+from edgelora.build.grams import open_mixture
 from edgelora.build.pool import open_pool
 from edgelora.operators.distances import prepare
 from edgelora.operators.heads import attentional

@@ -13,8 +13,8 @@ from cli_runner import posix_only, run
 
 from edgelora.adapters.gguf_lora import open_lora
 from edgelora.build import means
+from edgelora.build.grams import KERNELS, open_mixture
 from edgelora.build.kept import Shelf
-from edgelora.build.kernels import KERNELS, open_mixture
 from edgelora.build.means import MEANS, write_sum
 from edgelora.build.trials import make_trial
 from edgelora.errors import EdgeLoRAError

@@ -141,8 +141,10 @@ def test_the_narrowest_of_the_cgroups_above_a_process_counts(
     assert memory.limit_bytes() == 1_000_000
 
 
-@pytest.mark.parametrize("own", ["0::/docker/of/the/host\n", "0::/../../elsewhere\n"])
-def test_a_container_that_is_told_the_host_s_path_has_the_root_s_limit(
+@pytest.mark.parametrize(
+    "own", ["0::/docker/of/the/host\n", "0::/../../elsewhere\n", "a line of another kind\n"]
+)
+def test_a_process_whose_cgroup_is_not_there_has_the_root_s_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
 ) -> None:
     (tmp_path / "own").write_text(own)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.build.alone import Measured
-from edgelora.build.kernels import open_mixture
+from edgelora.build.grams import open_mixture
 from edgelora.build.pool import Pool
 from edgelora.build.records import Options
 from edgelora.datasets.records import Example

@@ -89,7 +89,7 @@ def clear(as_json: bool, **_: Any) -> None:
 def _shelves() -> list[tuple[Shelf, str]]:
     """What is kept beside embeddings, and what it is called."""
     from edgelora.build.earlier import BUILDS
-    from edgelora.build.kernels import KERNELS
+    from edgelora.build.grams import KERNELS
     from edgelora.build.means import MEANS
 
     return [

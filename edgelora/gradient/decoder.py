@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edgelora.adapters.architectures import EMBEDDING
 from edgelora.adapters.base import Base, read_base
 from edgelora.engine.score import Score, TokenisedExample
 from edgelora.gguf_file import open_gguf
@@ -17,7 +18,6 @@ from edgelora.gradient import layers
 from edgelora.gradient.block import Activations, Block, Linears, Rows
 from edgelora.gradient.head import Head, Objective
 from edgelora.gradient.hyperparameters import (
-    EMBEDDING,
     ROPE_FACTORS,
     Hyperparameters,
     read_hyperparameters,

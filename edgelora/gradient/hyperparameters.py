@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.adapters.architectures import EMBEDDING, OUTPUT
 from edgelora.adapters.base import Base
 from edgelora.engine.dequantize import is_readable
 from edgelora.errors import InvalidFile, UnsupportedFile
@@ -19,9 +20,7 @@ from edgelora.gguf_file import GGUFFile, Metadata
 from edgelora.gradient.weights import Array
 
 ROPE_FACTORS = "rope_freqs.weight"
-EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
-OUTPUT = "output.weight"
 MAX_PROBLEMS = 20
 # Which pairs RoPE turns: halves (NEOX) or, in llama's permuted files, neighbours.
 _NEOX = {"llama": False, "qwen2": True, "qwen3": True}

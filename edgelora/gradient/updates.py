@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from edgelora.adapters.architectures import EMBEDDING
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, check
 from edgelora.adapters.lora import LoraPair
 from edgelora.errors import IncompatibleAdapter, UnsupportedFile
-from edgelora.gradient.hyperparameters import EMBEDDING
 from edgelora.gradient.stacks import Stacks
 
 Updates = Mapping[str, LoraPair]
