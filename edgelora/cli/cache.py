@@ -63,12 +63,18 @@ def ls(as_json: bool, **_: Any) -> None:
 @json_option
 @console.common_options
 def clear(as_json: bool, **_: Any) -> None:
-    """Delete every embedding, mean and end of a build, and give the space back."""
+    """Delete every embedding, mean and end of a build, and give the space back.
+
+    Also which products are fastest here: a build tries it out again. Threads that were measured
+    stay.
+    """
     from edgelora.embedding_cache import cache_folder, open_cache
+    from edgelora.gradient.kernels import FINDINGS
 
     with open_cache() as cache:
         n_embeddings = cache.clear()
     n_means, n_kernels, n_builds = (shelf.clear() for shelf, _ in _shelves())
+    n_products = FINDINGS.forget()
     if as_json:
         console.show_json(
             {
@@ -77,12 +83,13 @@ def clear(as_json: bool, **_: Any) -> None:
                 "n_means_cleared": n_means,
                 "n_kernels_cleared": n_kernels,
                 "n_builds_cleared": n_builds,
+                "n_products_cleared": n_products,
             }
         )
     else:
         console.show(
             f"cleared: {n_embeddings} embeddings, {n_means} means, {n_kernels} kernels of banks, "
-            f"{n_builds} ends of builds"
+            f"{n_builds} ends of builds, {n_products} choices of products"
         )
 
 

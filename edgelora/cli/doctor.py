@@ -55,6 +55,8 @@ def examine(base: str | None) -> dict[str, Any]:
     from edgelora.embedding_cache import cache_folder
     from edgelora.engine.machine import cpu_model
     from edgelora.engine.native import system_info
+    from edgelora.engine.threads import FINDINGS as THREADS
+    from edgelora.gradient.kernels import FINDINGS as PRODUCTS
     from edgelora.memory import available_bytes
 
     available = available_bytes()
@@ -69,6 +71,7 @@ def examine(base: str | None) -> dict[str, Any]:
         },
         "ram": {"total_bytes": psutil.virtual_memory().total, "available_bytes": available},
         "llama_cpp": parse_flags(system_info()),
+        "tried_out": {"threads": THREADS.found(), "products": PRODUCTS.found()},
         "packages": {name: _version(name) for name in _PACKAGES},
         "folders": {"cache": str(cache_folder()), "models": str(models_folder())},
         "bases": _found_bases(),
@@ -139,6 +142,11 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("CPU", f"{cpu['model']}, {cpu['physical_cores']} cores, {cpu['logical_cores']} threads"),
         ("RAM", f"{_size(ram['total_bytes'])}, {_size(ram['available_bytes'])} available"),
         *(("llama.cpp", f"{d}: {' '.join(f)}") for d, f in report["llama_cpp"].items()),
+        *(
+            (title, f"{what}: {_found(value)}")
+            for title, found in report["tried_out"].items()
+            for what, value in found.items()
+        ),
         ("packages", versions),
         ("cache", report["folders"]["cache"]),
         ("models", report["folders"]["models"]),
@@ -158,6 +166,13 @@ def _lines(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("  verdict", base["verdict"]),
         ("  --low-ram", "chosen unless you say otherwise" if base["low_ram"] else "not chosen"),
     ]
+
+
+def _found(value: object) -> str:
+    """The words of a finding: {"prompt": 8, "decode": 4} is "8 prompt, 4 decode"."""
+    return (
+        ", ".join(f"{n} {of}" for of, n in value.items()) if isinstance(value, dict) else str(value)
+    )
 
 
 def _size(n_bytes: int) -> str:

@@ -43,6 +43,21 @@ class Findings:
         write_atomic(path, json.dumps(entries, indent=1, sort_keys=True).encode())
         return path
 
+    def found(self) -> dict[str, object]:
+        """All that is kept for this machine, by what it was found of."""
+        start = _key("")
+        return {
+            key.removeprefix(start): value
+            for key, value in self._entries().items()
+            if key.startswith(start)
+        }
+
+    def forget(self) -> int:
+        """Delete what is kept, of other machines too; returns how many values."""
+        n_entries = len(self._entries())
+        (cache_folder() / self.file).unlink(missing_ok=True)
+        return n_entries
+
     def _entries(self) -> dict[str, object]:
         """A file that is damaged counts as absent: it is only a cache."""
         try:

@@ -10,7 +10,7 @@ import psutil
 
 from edgelora.engine.machine import Findings, n_cores
 
-_FINDINGS = Findings("threads.json")
+FINDINGS = Findings("threads.json")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def stored_threads(architecture: str) -> Threads | None:
 
     None where nothing is kept, or what is there cannot be meant for this machine.
     """
-    found = _FINDINGS.read(architecture)
+    found = FINDINGS.read(architecture)
     prompt, decode = (
         (found.get("prompt"), found.get("decode")) if isinstance(found, dict) else (None, None)
     )
@@ -40,7 +40,7 @@ def stored_threads(architecture: str) -> Threads | None:
 
 def store_threads(architecture: str, threads: Threads) -> Path:
     """Keep a choice in the cache folder; returns the file."""
-    return _FINDINGS.store(architecture, asdict(threads))
+    return FINDINGS.store(architecture, asdict(threads))
 
 
 def _is_count(n: object) -> TypeGuard[int]:

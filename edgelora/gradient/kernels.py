@@ -35,7 +35,7 @@ SMALL = 1 << 17  # weights of a matrix that is not worth a native call
 _TRIED_WEIGHTS, _TRIED_ROWS = 4 << 20, 128
 _WHOLE = 64  # rows of W: kernels work on as many or a half of it, and are slow on what is left over
 _N_ROUNDS, _N_IN_A_ROW = 3, 5
-_FINDINGS = Findings("products.json")
+FINDINGS = Findings("products.json")
 
 
 class Kernels:
@@ -81,7 +81,7 @@ class Kernels:
         self, raw: Bytes, kind: GGMLQuantizationType, n_in: int, in_float: Callable[[slice], Array]
     ) -> str:
         what = f"{kind.name}, {self._n_threads} threads"
-        kept = _FINDINGS.read(what)
+        kept = FINDINGS.read(what)
         if isinstance(kept, str) and kept in (FLOAT32, MAPPED, REPACKED):
             return kept
         n_rows = max(_TRIED_WEIGHTS // n_in // _WHOLE, 1) * _WHOLE
@@ -89,7 +89,7 @@ class Kernels:
         found = fastest(seconds)
         logger.debug("products with %s: %s of %s", kind.name, found, seconds)
         try:
-            _FINDINGS.store(what, found)
+            FINDINGS.store(what, found)
         except OSError as error:
             logger.debug("not kept (%s); it will be tried out again", error)
         return found
