@@ -32,11 +32,20 @@ class LoraPair:
         return int(self.lora_a.shape[0])
 
 
-def stacked(pairs: Sequence[LoraPair], dtype: DTypeLike = np.float32) -> tuple[Any, Any]:
-    """Every A below the other, (R, in), and every B beside the other, (out, R); scales apart."""
-    lora_a = np.concatenate([pair.lora_a for pair in pairs], dtype=dtype)
-    lora_b = np.concatenate([pair.lora_b for pair in pairs], axis=1, dtype=dtype)
-    return lora_a, lora_b
+def stacked(
+    pairs: Sequence[LoraPair],
+    dtype: DTypeLike = np.float32,
+    out: tuple[NDArray[Any], NDArray[Any]] | None = None,
+) -> tuple[Any, Any]:
+    """Every A below the other, (R, in), and every B beside the other, (out, R); scales apart.
+
+    Args:
+        out: arrays of these shapes to write to, in their own dtype.
+    """
+    every_a, every_b = [pair.lora_a for pair in pairs], [pair.lora_b for pair in pairs]
+    if out is not None:
+        return np.concatenate(every_a, out=out[0]), np.concatenate(every_b, axis=1, out=out[1])
+    return np.concatenate(every_a, dtype=dtype), np.concatenate(every_b, axis=1, dtype=dtype)
 
 
 def for_components(coefficient: ArrayLike, rank: int) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgelora.adapters.gguf_lora import LoraFile
 from edgelora.adapters.lora import LoraPair
 from edgelora.gradient.layers import low_rank_factors, low_rank_slopes
-from edgelora.gradient.stacks import Stacks
+from edgelora.gradient.stacks import Room, Stacks
 from edgelora.gradient.weights import Array
 
 Observer = Callable[[str, Array, Array], None]
@@ -50,6 +50,7 @@ class CoefficientGradients:
         self._adapters = adapters
         self._columns = {name: column for column, name in enumerate(self.names)}
         self._stacked_rank = stacked_rank
+        self._room = Room()
 
     @property
     def values(self) -> NDArray[np.float64]:
@@ -61,7 +62,7 @@ class CoefficientGradients:
         if name not in self._columns:
             return
         for group in self._groups(name):
-            stack = self._stacks.of(name, group, x.dtype)
+            stack = self._stacks.of(name, group, x.dtype, self._room)
             slopes = stack.scales * low_rank_slopes(g, x, stack.lora_a, stack.lora_b)
             self.components[stack.owners, self._columns[name], stack.within] += slopes
 

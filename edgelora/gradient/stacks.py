@@ -32,6 +32,27 @@ class Stack:
     scales: NDArray[np.float64]
 
 
+class Room:
+    """Memory for one float32 stack after the other.
+
+    Blocks that go back to the system and come anew, full of zeros, take longer than filling them.
+    """
+
+    def __init__(self) -> None:
+        self._parts = [np.empty(0, np.float32)] * 2
+
+    def of(self, *shapes: tuple[int, int]) -> tuple[Array, Array]:
+        """Two arrays, valid until it is asked again."""
+        for part, (n_rows, n_columns) in enumerate(shapes):
+            if self._parts[part].size < n_rows * n_columns:
+                self._parts[part] = np.empty(n_rows * n_columns, np.float32)
+        first, second = (
+            part[: shape[0] * shape[1]].reshape(shape)
+            for part, shape in zip(self._parts, shapes, strict=True)
+        )
+        return first, second
+
+
 class Stacks:
     """Stacks of a bank's adapters.
 
@@ -51,21 +72,37 @@ class Stacks:
         self._is_kept = bytes_of_stacks(adapters) <= most_bytes
         self._kept: dict[str, Stack] = {}
 
-    def of(self, name: str, members: Sequence[int], dtype: DTypeLike = np.float32) -> Stack:
-        """The stack of a tensor over the adapters at these positions, which all update it."""
+    def of(
+        self,
+        name: str,
+        members: Sequence[int],
+        dtype: DTypeLike = np.float32,
+        room: Room | None = None,
+    ) -> Stack:
+        """The stack of a tensor over the adapters at these positions, which all update it.
+
+        Args:
+            room: where it lies if it is in float32 and not kept.
+        """
         is_whole = self._is_kept and dtype == np.float32 and list(members) == self.members[name]
         if is_whole and name in self._kept:
             return self._kept[name]
-        made = self._make(name, members, dtype)
+        made = self._make(name, members, dtype, None if is_whole else room)
         if is_whole:
             self._kept[name] = made
         return made
 
-    def _make(self, name: str, members: Sequence[int], dtype: DTypeLike) -> Stack:
+    def _make(
+        self, name: str, members: Sequence[int], dtype: DTypeLike, room: Room | None
+    ) -> Stack:
         pairs = [self.adapters[index].pair(name) for index in members]
         ranks = [pair.rank for pair in pairs]
+        out = None
+        if room is not None and dtype == np.float32:
+            n_out, n_in, rank = len(pairs[0].lora_b), pairs[0].lora_a.shape[1], sum(ranks)
+            out = room.of((rank, n_in), (n_out, rank))
         return Stack(
-            *stacked(pairs, dtype),
+            *stacked(pairs, dtype, out),
             owners=np.repeat(np.asarray(members, np.int64), ranks),
             within=np.concatenate([np.arange(rank) for rank in ranks]),
             scales=np.repeat([pair.scale for pair in pairs], ranks),
