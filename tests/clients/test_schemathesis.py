@@ -27,6 +27,7 @@ THROUGH_THE_ENGINE = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings",
 )  # fmt: skip
 SECONDS = 12
+LONGER = 60  # where a slow machine has spent that before the first right request
 HOOKS = Path(__file__).with_name("schemathesis_hooks.py")
 CHECKS = (
     "not_a_server_error",
@@ -53,6 +54,8 @@ def test_no_failure_and_no_status_that_the_document_lacks(
     path: str, server: ServerProcess, tmp_path: Path
 ) -> None:
     answered = _ask(server, tmp_path, "--include-path", path)
+    if not answered[path, 200]:
+        answered = _ask(server, tmp_path, "--include-path", path, seconds=LONGER)
     assert answered[path, 200] and answered[path, 400], answered
 
 
@@ -63,13 +66,15 @@ def test_all_other_paths_and_sequences_of_them(server: ServerProcess, tmp_path: 
         assert answered[path, 200] and answered[path, 400], answered
 
 
-def _ask(server: ServerProcess, folder: Path, *which: str) -> Counter[tuple[str, int]]:
-    """Requests of SECONDS to the paths named; how often each path gave each status."""
+def _ask(
+    server: ServerProcess, folder: Path, *which: str, seconds: int = SECONDS
+) -> Counter[tuple[str, int]]:
+    """Requests of some seconds to the paths named; how often each path gave each status."""
     report = folder / "events.ndjson"
     done = subprocess.run(
         [
             sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", *which,
-            "--checks", ",".join(CHECKS), "--max-time", str(SECONDS), "--workers", "1",
+            "--checks", ",".join(CHECKS), "--max-time", str(seconds), "--workers", "1",
             "--seed", "1", "--request-timeout", "60", "--continue-on-failure",
             "--report", "ndjson", "--report-ndjson-path", str(report),
         ],
