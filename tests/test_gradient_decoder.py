@@ -245,6 +245,15 @@ def test_small_tiles_stacks_and_threads_change_nothing(
         assert gradients.values == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_groups_of_adapters_share_their_memory_in_float32(tmp_path: Path) -> None:
+    base = pico.write_base(tmp_path / "q.gguf", tied=False, dtype="Q8_0")
+    files = adapters(base)
+    expected = coefficient_gradients(open_decoder(base, np.float64), files, point(files))
+    gradients = CoefficientGradients(files, stacked_rank=5)
+    open_decoder(base).gradients(examples(), point(files), gradients)
+    assert np.linalg.norm(gradients.values - expected) < 2e-5 * np.linalg.norm(expected)
+
+
 def test_coefficients_for_layers_and_adapters_are_sums(mistral: Path) -> None:
     decoder, files = open_decoder(mistral, np.float64), adapters(mistral)
     names = CoefficientGradients(files).names
