@@ -34,7 +34,10 @@ def test_cache_ls_and_clear(tmp_path: Path) -> None:
     found = json.loads(run("cache", "ls", "--json").stdout)
     assert found["folder"] == str(tmp_path / "cache")
     assert found["entries"] == [{"model": "base-1", "n_embeddings": 2, "size_bytes": 64}]
-    assert run("cache", "clear").stdout.startswith("cleared: 2 embeddings, 0 means, 0 kernels of")
+    assert run("cache", "clear").stdout == (
+        "cleared: 2 embeddings, 0 means, 0 kernels of banks, 0 ends of builds, "
+        "0 choices of products\n"
+    )
     assert json.loads(run("cache", "clear", "--json").stdout)["n_cleared"] == 0
     assert run("cache", "ls", "-q").stderr == ""
 

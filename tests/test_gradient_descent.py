@@ -413,12 +413,14 @@ def test_it_stops_where_the_examples_cannot_vouch_for_less(
 def test_only_a_descent_on_answers_stops_where_it_is_sure(
     decoder: Decoder, bank: list[LoraFile]
 ) -> None:
-    def n_looks(**options: object) -> int:
-        chosen = DescentOptions(n_passes=2, n_folds=2, step=0.01, **options)  # type: ignore[arg-type]
-        return len(descend(decoder, bank, examples(4), np.full(3, 0.3), chosen).held_out_losses)
+    def n_looks(enough: float, objective: str = "loss") -> int:
+        options = DescentOptions(
+            n_passes=2, n_folds=2, step=0.01, enough=enough, objective=objective
+        )
+        return len(descend(decoder, bank, examples(4), np.full(3, 0.3), options).held_out_losses)
 
-    assert n_looks(enough=1e6) == 1
-    assert n_looks(enough=0) == n_looks(enough=1e6, objective="prompts") == 3
+    assert n_looks(1e6) == 1
+    assert n_looks(0) == n_looks(1e6, "prompts") == 3
 
 
 def test_without_folds_all_passes_are_run() -> None:

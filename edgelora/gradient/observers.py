@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from edgelora.adapters.gguf_lora import LoraFile
 from edgelora.adapters.lora import LoraPair
 from edgelora.gradient.layers import low_rank_factors, low_rank_slopes
-from edgelora.gradient.stacks import Room, Stacks
-from edgelora.gradient.weights import Array
+from edgelora.gradient.stacks import Stacks
+from edgelora.gradient.weights import Array, Buffer
 
 Observer = Callable[[str, Array, Array], None]
 
@@ -50,7 +50,7 @@ class CoefficientGradients:
         self._adapters = adapters
         self._columns = {name: column for column, name in enumerate(self.names)}
         self._stacked_rank = stacked_rank
-        self._room = Room()
+        self._room = Buffer(), Buffer()
 
     @property
     def values(self) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
 from edgelora.adapters.lora import stacked
-from edgelora.gradient.weights import Array
+from edgelora.gradient.weights import Array, Buffer
 
 _FLOAT32 = 4
 
@@ -30,27 +30,6 @@ class Stack:
     owners: NDArray[np.int64]
     within: NDArray[np.int64]
     scales: NDArray[np.float64]
-
-
-class Room:
-    """Memory for one float32 stack after the other.
-
-    Blocks that go back to the system and come anew, full of zeros, take longer than filling them.
-    """
-
-    def __init__(self) -> None:
-        self._parts = [np.empty(0, np.float32)] * 2
-
-    def of(self, *shapes: tuple[int, int]) -> tuple[Array, Array]:
-        """Two arrays, valid until it is asked again."""
-        for part, (n_rows, n_columns) in enumerate(shapes):
-            if self._parts[part].size < n_rows * n_columns:
-                self._parts[part] = np.empty(n_rows * n_columns, np.float32)
-        first, second = (
-            part[: shape[0] * shape[1]].reshape(shape)
-            for part, shape in zip(self._parts, shapes, strict=True)
-        )
-        return first, second
 
 
 class Stacks:
@@ -77,12 +56,12 @@ class Stacks:
         name: str,
         members: Sequence[int],
         dtype: DTypeLike = np.float32,
-        room: Room | None = None,
+        room: tuple[Buffer, Buffer] | None = None,
     ) -> Stack:
         """The stack of a tensor over the adapters at these positions, which all update it.
 
         Args:
-            room: where it lies if it is in float32 and not kept.
+            room: where A and B lie if they are in float32 and not kept.
         """
         is_whole = self._is_kept and dtype == np.float32 and list(members) == self.members[name]
         if is_whole and name in self._kept:
@@ -93,14 +72,18 @@ class Stacks:
         return made
 
     def _make(
-        self, name: str, members: Sequence[int], dtype: DTypeLike, room: Room | None
+        self,
+        name: str,
+        members: Sequence[int],
+        dtype: DTypeLike,
+        room: tuple[Buffer, Buffer] | None,
     ) -> Stack:
         pairs = [self.adapters[index].pair(name) for index in members]
         ranks = [pair.rank for pair in pairs]
         out = None
         if room is not None and dtype == np.float32:
             n_out, n_in, rank = len(pairs[0].lora_b), pairs[0].lora_a.shape[1], sum(ranks)
-            out = room.of((rank, n_in), (n_out, rank))
+            out = room[0].of((rank, n_in)), room[1].of((n_out, rank))
         return Stack(
             *stacked(pairs, dtype, out),
             owners=np.repeat(np.asarray(members, np.int64), ranks),

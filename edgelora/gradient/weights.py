@@ -23,6 +23,23 @@ TILE_WEIGHTS = 4 << 20
 _WORTH_THREADS = 1 << 17  # weights: a fifth of a millisecond, several times what a thread costs
 
 
+class Buffer:
+    """Memory for one float32 array after the other.
+
+    Blocks that go back to the system and come anew, full of zeros, take longer than filling them.
+    """
+
+    def __init__(self) -> None:
+        self._values = np.empty(0, np.float32)
+
+    def of(self, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """An array, valid until it is asked again."""
+        size = shape[0] * shape[1]
+        if self._values.size < size:
+            self._values = np.empty(size, np.float32)
+        return self._values[:size].reshape(shape)
+
+
 class Weights:
     """The tensors of a GGUF as operators on rows of activations.
 
@@ -50,7 +67,7 @@ class Weights:
         self._tile = tile
         self._n_threads = n_threads
         self._threads = ThreadPoolExecutor(n_threads, thread_name_prefix="dequantize")
-        self._buffer = np.empty(0, np.float32)
+        self._buffer = Buffer()
         if self._kernels is not None:
             self._choose(self._kernels)
 
@@ -136,9 +153,7 @@ class Weights:
         raw = np.ascontiguousarray(self._blocks(name)[rows, blocks])
         shape = (rows.stop - rows.start, columns.stop - columns.start)
         size = shape[0] * shape[1]
-        if self._buffer.size < size:
-            self._buffer = np.empty(size, np.float32)
-        part = self._buffer[:size].reshape(shape)
+        part = self._buffer.of(shape)
 
         def fill(piece: slice) -> None:
             dequantize(raw[piece].reshape(-1), kind, part[piece].reshape(-1))
