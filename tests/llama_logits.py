@@ -1,4 +1,7 @@
-"""Logits from llama.cpp through its C API: F32 KV, no flash attention, one thread."""
+"""Logits from llama.cpp through its C API: F32 KV, no flash attention, one thread.
+
+Weights are not repacked: the kernels for AMX return nonsense for rows of a single block of 32.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from numpy.typing import NDArray
 def logits(base: Path, ids: Sequence[int], adapter: Path | None = None) -> NDArray[np.float32]:
     """The logits (n tokens, vocabulary) of every position of `ids`."""
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(
-        str(base).encode(), llama_cpp.llama_model_default_params()
-    )
+    options = llama_cpp.llama_model_default_params()
+    options.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(str(base).encode(), options)
     assert model, base
     lora = llama_cpp.llama_adapter_lora_init(model, str(adapter).encode()) if adapter else None
     assert lora or not adapter, adapter

@@ -66,24 +66,27 @@ def test_a_product_is_that_of_the_rounded_rows(product: Products, kind: Kind) ->
     assert relative(x @ values_of(raw, kind).T, expected) < 0.01
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.IQ4_NL, Kind.Q4_K], ids=lambda k: k.name)
-def test_repacked_weights_give_the_same(product: Products, kind: Kind) -> None:
+@pytest.mark.parametrize("n_out", [48, 64])  # AMX takes multiples of 32
+@pytest.mark.parametrize(
+    "kind", [Kind.Q4_0, Kind.Q8_0, Kind.IQ4_NL, Kind.Q4_K], ids=lambda k: k.name
+)
+def test_repacked_weights_give_the_same(product: Products, kind: Kind, n_out: int) -> None:
     """Random bytes for types that gguf cannot quantise to; scales are set to 1/128."""
-    raw = matrix(kind) if kind is Kind.Q4_0 else random_blocks(kind)
+    raw = matrix(kind, n_out) if kind in ROUNDED else random_blocks(kind, n_out)
     if not product.repacks(raw, kind, N_IN):
-        pytest.skip(f"ggml repacks no {kind.name} on this CPU")
-    x = rows()
-    for part in (raw, raw[:16], raw):  # larger, smaller and equal ones share the memory
+        pytest.skip(f"ggml repacks no {kind.name} of {n_out} rows on this CPU")
+    x = rows(40)
+    for part in (raw, raw[:32], raw):  # larger, smaller and equal ones share the memory
         expected = product.times(x, part, kind)
         assert relative(product.times(x, part, kind, repacked=True), expected) < 1e-5
 
 
-def random_blocks(kind: Kind) -> np.ndarray:
+def random_blocks(kind: Kind, n_out: int) -> np.ndarray:
     size = products.GGML_QUANT_SIZES[kind]
-    raw = np.random.default_rng(2).integers(0, 256, (N_OUT, N_IN // size[0], size[1]), np.uint8)
+    raw = np.random.default_rng(2).integers(0, 256, (n_out, N_IN // size[0], size[1]), np.uint8)
     n_scales = 2 if kind is Kind.Q4_K else 1
     raw[:, :, : 2 * n_scales] = np.full(n_scales, 1 / 128, np.float16).view(np.uint8)
-    return raw.reshape(N_OUT, -1)
+    return raw.reshape(n_out, -1)
 
 
 def test_what_ggml_does_not_repack_is_known(
@@ -91,7 +94,8 @@ def test_what_ggml_does_not_repack_is_known(
 ) -> None:
     assert not product.repacks(matrix(Kind.F32), Kind.F32, N_IN)
     assert not product.repacks(matrix(Kind.Q4_0, n_out=13), Kind.Q4_0, N_IN)
-    with pytest.raises(ValueError, match="no such product with F32"):
+    assert not product.repacks(matrix(Kind.Q4_0, n_out=64, n_in=32), Kind.Q4_0, 32)
+    with pytest.raises(ValueError, match="ggml does not repack 48 rows of F32"):
         product.times(rows(), matrix(Kind.F32), Kind.F32, repacked=True)
     monkeypatch.setattr(products, "MAX_REPACKED_BYTES", 100)
     assert not product.repacks(matrix(Kind.Q4_0), Kind.Q4_0, N_IN)

@@ -10,7 +10,7 @@ import ctypes
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ KINDS = frozenset(GGMLQuantizationType[name] for name in _NAMES.split())
 MAX_REPACKED_BYTES = 64 << 20
 
 _ALIGNMENT = 32  # bytes; ggml-impl.h: TENSOR_ALIGNMENT
-_REPACKED = b"CPU_REPACK"
+_REPACKED = (b"AMX", b"CPU_REPACK")  # ggml's types of buffers for such copies, the faster first
 _N_TENSORS = 8  # room for those of one product
 _CPU = 0  # ggml-backend.h: GGML_BACKEND_DEVICE_TYPE_CPU
 
@@ -58,6 +58,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_buffer_get_base": (_P, (_P,)),
     "ggml_backend_buffer_get_size": (_N, (_P,)),
     "ggml_backend_buft_name": (ctypes.c_char_p, (_P,)),
+    "ggml_backend_buft_get_alloc_size": (_N, (_P, _P)),
     "ggml_backend_buft_alloc_buffer": (_P, (_P, _N)),
     "ggml_backend_tensor_alloc": (ctypes.c_int, (_P, _P, _P)),
     "ggml_backend_tensor_set": (None, (_P, _P, _N, _N)),
@@ -75,16 +76,17 @@ class Products:
 
     def __init__(self, n_threads: int) -> None:
         ggml = _ggml_base()
-        self._room = _Room()
-        self._can_repack: dict[tuple[GGMLQuantizationType, int, int], bool] = {}
+        self._rooms: list[_Room] = []
+        self._room_of: dict[tuple[GGMLQuantizationType, int, int], _Room | None] = {}
         self._backend = _ggml.libggml.ggml_backend_init_by_type(_CPU, None)
         if not self._backend:
             raise EngineError("ggml has no CPU backend here", problems=native.recent_log())
-        weakref.finalize(self, _close, self._backend, self._room)
+        weakref.finalize(self, _close, self._backend, self._rooms)
         device = ggml.ggml_backend_get_device(self._backend)
         self._registry = ggml.ggml_backend_dev_backend_reg(device)
         self._procedure("set_n_threads", None, _P, ctypes.c_int)(self._backend, n_threads)
-        self._repacked = None if amx.warning() else self._buffer_type(device, _REPACKED)
+        if not amx.warning():
+            self._rooms += map(_Room, self._buffer_types(device, _REPACKED))
 
     def times(
         self,
@@ -109,10 +111,11 @@ class Products:
         x, raw = np.ascontiguousarray(x), np.ascontiguousarray(raw)
         y = _empty(len(x), len(raw))
         ggml = _ggml_base()
-        with self._product(x, raw, kind, y, repacked) as made:
-            if not ggml.ggml_backend_supports_op(self._backend, made.node):
-                raise ValueError(f"ggml has no such product with {kind.name}")
-            if repacked:
+        room = self._room_for(raw, kind, x.shape[1]) if repacked else None
+        if repacked and not room:
+            raise ValueError(f"ggml does not repack {len(raw)} rows of {kind.name}")
+        with self._product(x, raw, kind, y, room) as made:
+            if room:
                 with native.interrupts_held():  # it logs
                     ggml.ggml_backend_tensor_set(made.weights, raw.ctypes.data, 0, raw.nbytes)
             graph = ggml.ggml_new_graph_custom(made.context, _N_TENSORS, False)
@@ -124,15 +127,28 @@ class Products:
 
     def repacks(self, raw: NDArray[np.uint8], kind: GGMLQuantizationType, n_in: int) -> bool:
         """Whether ggml has kernels for this matrix, repacked, on this CPU; see `times`."""
-        if self._repacked is None or raw.nbytes > MAX_REPACKED_BYTES:
-            return False
+        return self._room_for(raw, kind, n_in) is not None
+
+    def _room_for(
+        self, raw: NDArray[np.uint8], kind: GGMLQuantizationType, n_in: int
+    ) -> _Room | None:
+        """Where the copy of this matrix is kept: of the type that llama.cpp would take.
+
+        A row of a single block is never repacked: ggml's kernels for AMX return nonsense then.
+        """
+        if raw.nbytes > MAX_REPACKED_BYTES or n_in == GGML_QUANT_SIZES[kind][0]:
+            return None
         key = (kind, len(raw), n_in)
-        if key not in self._can_repack:
+        if key not in self._room_of:
+            supports = _ggml_base().ggml_backend_supports_op
             x, y = _empty(1, n_in), _empty(1, len(raw))
-            with self._product(x, raw, kind, y, repacked=True) as made:
-                supports = _ggml_base().ggml_backend_supports_op
-                self._can_repack[key] = bool(supports(self._backend, made.node))
-        return self._can_repack[key]
+
+            def has_kernels(room: _Room) -> bool:
+                with self._product(x, raw, kind, y, room) as made:
+                    return bool(supports(self._backend, made.node))
+
+            self._room_of[key] = next(filter(has_kernels, self._rooms), None)
+        return self._room_of[key]
 
     @contextmanager
     def _product(
@@ -141,7 +157,7 @@ class Products:
         raw: NDArray[np.uint8],
         kind: GGMLQuantizationType,
         y: NDArray[np.float32],
-        repacked: bool,
+        room: _Room | None,
     ) -> Iterator[_Product]:
         """The product in a context of its own, over the memory of the arrays."""
         _refuse_misfits(x, raw, kind)
@@ -161,10 +177,10 @@ class Products:
         try:
             weights = ggml.ggml_new_tensor_2d(context, int(kind), x.shape[1], len(raw))
             rows = ggml.ggml_new_tensor_2d(context, GGMLQuantizationType.F32, x.shape[1], len(x))
-            if repacked:
-                room = self._room.of(self._repacked, raw.nbytes)
-                base = ggml.ggml_backend_buffer_get_base(room)
-                ggml.ggml_backend_tensor_alloc(room, weights, base)
+            if room:
+                buffer = room.buffer_for(weights)
+                base = ggml.ggml_backend_buffer_get_base(buffer)
+                ggml.ggml_backend_tensor_alloc(buffer, weights, base)
             else:
                 place(weights, raw)
             place(rows, x)
@@ -184,12 +200,12 @@ class Products:
             raise EngineError(f"ggml's CPU backend has no {full.decode()}")
         return ctypes.CFUNCTYPE(result, *arguments)(address)
 
-    def _buffer_type(self, device: int, name: bytes) -> int | None:
-        """One of the backend's extra types of buffers."""
+    def _buffer_types(self, device: int, names: Iterable[bytes]) -> list[int]:
+        """Those of the backend's extra types of buffers that it has here, in the order of names."""
         found = self._procedure("dev_get_extra_bufts", ctypes.POINTER(_P), _P)(device)
         listed = itertools.takewhile(bool, (found[i] for i in itertools.count())) if found else ()
-        names = {_ggml_base().ggml_backend_buft_name(buffer): buffer for buffer in listed}
-        return names.get(name)
+        types = {_ggml_base().ggml_backend_buft_name(buffer): buffer for buffer in listed}
+        return [types[name] for name in names if name in types]
 
 
 @dataclass(frozen=True)
@@ -204,16 +220,18 @@ class _Product:
 class _Room:
     """A buffer for repacked weights, as large as the largest matrix so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffer_type: int) -> None:
+        self._type = buffer_type
         self._buffer = 0
 
-    def of(self, buffer_type: int | None, size_bytes: int) -> int:
-        """A buffer of this size or more; what lay in it is gone."""
+    def buffer_for(self, tensor: int) -> int:
+        """A buffer that can hold this tensor's copy; what lay in it is gone."""
         ggml = _ggml_base()
+        size_bytes = ggml.ggml_backend_buft_get_alloc_size(self._type, tensor)
         if self._buffer and ggml.ggml_backend_buffer_get_size(self._buffer) >= size_bytes:
             return self._buffer
         self.free()
-        self._buffer = ggml.ggml_backend_buft_alloc_buffer(buffer_type, size_bytes) or 0
+        self._buffer = ggml.ggml_backend_buft_alloc_buffer(self._type, size_bytes) or 0
         if not self._buffer:
             raise EngineError(f"no memory for {size_bytes / 1e6:,.0f} MB of repacked weights")
         return self._buffer
@@ -238,8 +256,9 @@ def _ggml_base() -> Any:
     return library
 
 
-def _close(backend: int, room: _Room) -> None:
-    room.free()
+def _close(backend: int, rooms: list[_Room]) -> None:
+    for room in rooms:
+        room.free()
     _ggml_base().ggml_backend_free(backend)
 
 
