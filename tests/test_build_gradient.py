@@ -23,8 +23,9 @@ from edgelora.bank.records import signature_path
 from edgelora.build import Built, Listener, Options, Plan, allowance, build, gradients, refining
 from edgelora.build.crossing import assign_folds, part_of
 from edgelora.build.records import CROSSED, PassLoss
+from edgelora.build.work import OPTIMISTIC, UNTOUCHED
 from edgelora.datasets.read import read_dataset
-from edgelora.datasets.records import Dataset
+from edgelora.datasets.records import Dataset, Message
 from edgelora.engine.model import Model, open_model
 from edgelora.engine.prepare import model_template, tokenise_examples
 from edgelora.errors import EdgeLoRAError, NoImprovement, UnsupportedFile
@@ -225,10 +226,54 @@ def test_the_blocks_inputs_go_to_a_file_where_memory_is_short(
     assert out.read_bytes() == before and not list(out.parent.glob("*.refine"))
 
 
+# Many examples
+
+
+WHOLE = replace(SHORT, operator="uniform", combine="cat", dtype="f32", force=True)
+
+
+def many(world: World, n: int) -> Dataset:
+    """The helped prompts again and again, each time begun with other words."""
+    data = read_dataset(world.helped)
+    made = []
+    for i in range(n):
+        example = data.examples[i % len(data.examples)]
+        words = f"{'so ' * (i // len(data.examples))}{example.messages[0].content}"
+        made.append(replace(example, messages=(Message("user", words),), line=i + 1))
+    return replace(data, examples=tuple(made))
+
+
+@pytest.mark.parametrize(
+    ("n", "n_learned", "n_untouched", "part"),
+    [(63, 33, 15, UNTOUCHED), (64, 48, 0, OPTIMISTIC), (128, 64, 32, UNTOUCHED)],
+)
+def test_many_examples_stop_a_descent_and_the_others_are_learned_from(
+    n: int, n_learned: int, n_untouched: int, part: str, world: World, model: Model, out: Path
+) -> None:
+    """The held-out loss is that of the selection part, whose every example is among them at 64."""
+    options, ear = replace(WHOLE, passes=3), Ear()
+    data, used = many(world, n), model_template(model)
+    built = build(model, open_bank(world.bank), data, used, out, options, ear.listener)
+    (plan,) = ear.plans
+    assert plan.gradient is not None and built.refined is not None
+    assert (plan.n_support, plan.n_untouched) == (n - n // 4 - n_untouched, n_untouched)
+    g = plan.gradient
+    assert (g.n_examples, g.n_held_out, g.n_folds) == (n_learned, *((0, 4) if n < 64 else (16, 0)))
+    assert built.judgement is not None and built.judgement.part == part
+    if n == 64:
+        assert built.chosen == "gradient" and built.judgement.n_examples == 16
+        loss = built.refined.held_out_losses[built.refined.n_passes]
+        assert built.judgement.adapter_loss == pytest.approx(loss, rel=2e-3)
+
+
+def test_without_gradients_an_untouched_part_stays(world: World, model: Model, out: Path) -> None:
+    options, used = replace(SHORT, refine="none", force=True), model_template(model)
+    built = build(model, open_bank(world.bank), many(world, 64), used, out, options)
+    assert built.judgement is not None
+    assert (built.judgement.part, built.judgement.n_examples) == (UNTOUCHED, 16)
+
+
 # Few examples
-
-
-FEW = replace(SHORT, operator="uniform", combine="cat", dtype="f32", force=True)
 
 
 def few(world: World, n: int = 12) -> Dataset:
@@ -242,7 +287,7 @@ def test_few_examples_are_all_learned_from_and_cross_validated(
     """The arbiter's losses, by llama.cpp, are those that the descent's folds were held out with."""
     ear = Ear()
     built = build(
-        model, open_bank(world.bank), few(world), model_template(model), out, FEW, ear.listener
+        model, open_bank(world.bank), few(world), model_template(model), out, WHOLE, ear.listener
     )
     refined, judged, verdict = built.refined, built.judgement, built.verdict
     assert refined is not None and judged is not None and verdict is not None
@@ -252,7 +297,7 @@ def test_few_examples_are_all_learned_from_and_cross_validated(
     assert rows["gradient"] == pytest.approx(judged.adapter_loss)
     assert rows["gradient"] == pytest.approx(refined.held_out_losses[refined.n_passes], rel=2e-3)
     assert built.support_losses["gradient"] < rows["gradient"]  # what has been seen flatters
-    assert built.n_tokens <= FEW.budget_tokens
+    assert built.n_tokens <= WHOLE.budget_tokens
     assert {p.name for p in out.parent.iterdir()} == {
         out.name, signature_path(out, model.base.identity.id).name
     }  # fmt: skip
@@ -262,7 +307,7 @@ def test_few_examples_are_all_learned_from_and_cross_validated(
 def test_four_folds_where_the_budget_allows_them_enough_passes(
     budget: int, n_folds: int, world: World, model: Model, out: Path
 ) -> None:
-    options, ear = replace(FEW, passes=9, budget_tokens=budget), Ear()
+    options, ear = replace(WHOLE, passes=9, budget_tokens=budget), Ear()
     built = build(
         model, open_bank(world.bank), few(world), model_template(model), out, options, ear.listener
     )
@@ -301,7 +346,7 @@ def test_what_is_trained_on_few_examples_is_judged_by_those_it_has_not_seen(
 def test_factors_of_few_examples_begin_with_what_was_found_without_each_fold(
     operator: str, refine: str, world: World, model: Model, out: Path
 ) -> None:
-    options, ear = replace(FEW, operator=operator, refine=refine, polish=2), Ear()
+    options, ear = replace(WHOLE, operator=operator, refine=refine, polish=2), Ear()
     built = build(
         model, open_bank(world.bank), few(world), model_template(model), out, options, ear.listener
     )

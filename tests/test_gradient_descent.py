@@ -282,6 +282,25 @@ def test_held_out_losses_are_those_of_what_was_not_seen(
             assert row == pytest.approx((alone[0][name] + alone[1][name]) / 2)
 
 
+def test_examples_held_out_stop_a_descent_that_learns_from_all_others(
+    decoder: Decoder, bank: list[LoraFile]
+) -> None:
+    """They have no other part in it: it is the descent without them, as far as it is best."""
+    seen, start = examples(4), np.full(3, 0.1)
+    held_out = [dataclasses.replace(text, prompt=text.prompt[1:]) for text in seen[:2]]
+    options = DescentOptions(n_passes=3, patience=9, step=0.01)
+    found = descend(decoder, bank, seen, start, options, held_out=held_out)
+    assert not found.folds and len(found.held_out_losses) == 4
+    assert found.n_passes == np.argmin(found.held_out_losses) > 0
+    assert found.n_tokens == count_descent_tokens(decoder, seen, options, held_out=held_out)
+    alone_options = dataclasses.replace(options, n_passes=found.n_passes, n_folds=0)
+    alone = descend(decoder, bank, seen, start, alone_options)
+    assert all((alone.coefficients[name] == row).all() for name, row in found.coefficients.items())
+    rows = {name: row.tolist() for name, row in alone.coefficients.items()}
+    loss = mean_loss(decoder.losses(held_out, Combined(bank, rows)))
+    assert min(found.held_out_losses) == pytest.approx(loss, rel=1e-6)
+
+
 def test_label_free_objectives(decoder: Decoder, bank: list[LoraFile]) -> None:
     texts = [dataclasses.replace(text, completion=()) for text in examples(4)]
     for objective in ("prompts", "entropy"):

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from edgelora.build.pace import measure_speed
 from edgelora.build.proposals import count_candidates
 from edgelora.build.trials import TRIES_A_CANDIDATE
-from edgelora.build.work import Work
+from edgelora.build.work import Parts, Work
 from edgelora.engine.score import TokenisedExample, count_tokens
 
 # More examples than this cost more than they tell; a sample is drawn by the seed.
 MAX_EXAMPLES = 64
+# Examples of the selection part that stop a descent. So many tell well enough when, and in the
+# place of folds they leave all of the support part to learn from, at less than half of the tokens.
+N_HELD_OUT = 16
 
 
 def sampled(
@@ -31,6 +34,13 @@ def sampled(
 def learned_of(work: Work, examples: Sequence[TokenisedExample]) -> list[TokenisedExample]:
     """The examples that gradients learn from."""
     return sampled(examples, work.options.seed, most=work.n_learned)
+
+
+def held_out_of(work: Work, parts: Parts) -> list[TokenisedExample]:
+    """The examples that stop a descent; none where the selection part has not enough of them."""
+    if len(parts.selection) < N_HELD_OUT:
+        return []
+    return sampled(parts.selection, work.options.seed, most=N_HELD_OUT)
 
 
 def shown_of(work: Work, examples: Sequence[TokenisedExample]) -> list[TokenisedExample]:

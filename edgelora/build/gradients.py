@@ -14,7 +14,7 @@ import numpy as np
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
-from edgelora.build.allowance import Allowance, count_others, learned_of
+from edgelora.build.allowance import Allowance, count_others, held_out_of, learned_of
 from edgelora.build.records import GradientPlan, Options
 from edgelora.build.reserving import FEWER_FOLDS, Reserved, Reserving
 from edgelora.build.work import SHOWN, Parts, Work
@@ -56,6 +56,7 @@ class Gradients:
     Attributes:
         adapters: the pool's files.
         examples: tokenised, at most MAX_EXAMPLES of the support part.
+        held_out: others, which stop the descent; () where it is cross-validated.
         polish: None without `--polish`.
         reserved: what the budget has set aside, and the descent.
     """
@@ -63,6 +64,7 @@ class Gradients:
     decoder: Decoder
     adapters: list[LoraFile]
     examples: list[TokenisedExample]
+    held_out: list[TokenisedExample]
     passes: PassOptions
     polish: PolishOptions | None
     reserved: Reserved
@@ -103,6 +105,7 @@ def open_gradients(
     opened: Opened | None = None,
     seconds: float = math.inf,
     is_crossed: bool = False,
+    held_out: Sequence[TokenisedExample] = (),
 ) -> Gradients:
     """Open the base, test its speed, reserve what the passes cost and put that in `work`.
 
@@ -111,6 +114,7 @@ def open_gradients(
         opened: what is open already.
         seconds: that all passes may take, forward ones too; a descent takes one at least.
         is_crossed: whether candidates are cross-validated: then they are tried on all examples.
+        held_out: see Gradients.
 
     Raises:
         UnsupportedFile: a base, or an adapter, whose gradient is not known; it is named.
@@ -129,21 +133,23 @@ def open_gradients(
     began_s = work.clock.elapsed_s
     speed = _test_speed(work, decoder, texts, files, passes)
     seconds -= work.clock.elapsed_s - began_s
-    reserving = Reserving(decoder, examples, passes, len(files) > MAX_SOURCES, is_crossed)
+    is_large = len(files) > MAX_SOURCES
+    reserving = Reserving(decoder, examples, passes, is_large, is_crossed, held_out)
     reserved = reserving.reserve(Allowance(work, examples, seconds, speed), descent, polish)
     descent = reserved.descent
     work.gradient = GradientPlan(
         n_examples=len(examples),
         n_rows=decoder.count_rows(texts, passes),
         n_passes=descent.n_passes if descent else 0,
-        n_folds=count_folds(examples, descent) if descent else 0,
+        n_folds=count_folds(examples, descent) if descent and not held_out else 0,
+        n_held_out=len(held_out) if descent else 0,
         n_polish=options.polish,
         n_tokens=reserved.n_descent_tokens + reserved.n_polish_tokens,
         tokens_per_s=speed,
         memory_bytes=memory,
         on_disk=passes.scratch is not None,
     )
-    return Gradients(decoder, files, examples, passes, polish, reserved)
+    return Gradients(decoder, files, examples, list(held_out), passes, polish, reserved)
 
 
 @contextlib.contextmanager
@@ -197,7 +203,10 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     descent = DescentOptions(seed=options.seed, n_folds=FEWER_FOLDS)
     polish = _polish_options(options)
     is_large = len(opened.adapters) > MAX_SOURCES
-    reserving = Reserving(opened.decoder, examples, PassOptions(), is_large, parts.is_crossed)
+    reserving = Reserving(
+        opened.decoder, examples, PassOptions(), is_large, parts.is_crossed,
+        held_out_of(work, parts),
+    )  # fmt: skip
     n_tokens = reserving.count(descent).of(1, is_ranked=is_large)
     n_tokens += reserving.count_polish(polish, descent)
     n_tokens += GRADIENT_COST * opened.decoder.count_rows(timed_step(examples), PassOptions())

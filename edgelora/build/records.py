@@ -69,6 +69,11 @@ class Options:
         """Whether the base's gradient is computed at all."""
         return self.refine == "gradient" or self.polish > 0
 
+    @property
+    def may_need_gradients(self) -> bool:
+        """Whether it is, or may come to be."""
+        return self.needs_gradients or (self.refine == AUTO and self.operator == AUTO)
+
 
 @dataclass(frozen=True)
 class GradientPlan:
@@ -77,6 +82,7 @@ class GradientPlan:
     Attributes:
         n_examples: support examples that they are computed on, of n_rows tokens in one pass.
         n_passes: on coefficients, at most; each is n_folds descents on their part of the examples.
+        n_held_out: other examples that stop the descent where it has no folds.
         n_polish: on factors.
         n_tokens: forward-equivalents in all, at most; a gradient pass counts three.
         tokens_per_s: forward-equivalents a second in a short test a moment ago.
@@ -88,6 +94,7 @@ class GradientPlan:
     n_rows: int
     n_passes: int
     n_folds: int
+    n_held_out: int
     n_polish: int
     n_tokens: int
     tokens_per_s: float

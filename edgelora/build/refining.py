@@ -170,12 +170,13 @@ def _descend(
     course = replace(options, n_passes=0)
     hashes = tuple(work.pool.hashes)
     identity = work.model.base.identity.id
-    path = state.path(COEFFICIENTS, identity, hashes, gradients.examples, start, course)
+    examples, held_out = gradients.examples, gradients.held_out
+    path = state.path(COEFFICIENTS, identity, hashes, examples, held_out, start, course)
     tell = Teller(work, COEFFICIENTS, options.n_passes, n_tokens)
     try:
         found = descend(
-            gradients.decoder, files, gradients.examples, start, options,
-            passes=gradients.passes, listen=tell, checkpoint=path,
+            gradients.decoder, files, examples, start, options,
+            passes=gradients.passes, listen=tell, checkpoint=path, held_out=held_out,
             prepare=partial(work.listener.progress, "principal directions of the bank, tensors"),
         )  # fmt: skip
     except Interrupted as stopped:

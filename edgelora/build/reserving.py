@@ -66,6 +66,7 @@ class Reserving:
     Attributes:
         is_large: whether not all of the bank takes part in a descent.
         is_crossed: whether candidates are cross-validated.
+        held_out: other examples, which stop a descent in the place of folds.
     """
 
     decoder: Decoder
@@ -73,6 +74,7 @@ class Reserving:
     passes: PassOptions
     is_large: bool
     is_crossed: bool
+    held_out: Sequence[TokenisedExample] = ()
 
     def reserve(
         self, allowed: Allowance, descent: DescentOptions | None, polish: PolishOptions | None
@@ -92,7 +94,7 @@ class Reserving:
             return Reserved(None, 0, n_polish)
         costs = self.count(descent)
         least = n_polish + self._least(costs, descent, _PASSES_IN_ALL_FOLDS)
-        if least > allowed.with_others_on(work.n_shown)[0]:
+        if not self.held_out and least > allowed.with_others_on(work.n_shown)[0]:
             descent = replace(descent, n_folds=FEWER_FOLDS)
             costs = self.count(descent)
         if not self.is_crossed:
@@ -121,7 +123,11 @@ class Reserving:
         """What a descent takes."""
         none, one = (
             count_descent_tokens(
-                self.decoder, self.examples, replace(descent, n_passes=n), self.passes
+                self.decoder,
+                self.examples,
+                replace(descent, n_passes=n),
+                self.passes,
+                self.held_out,
             )
             for n in (0, 1)
         )

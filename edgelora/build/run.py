@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
+from edgelora.build.allowance import MAX_EXAMPLES, N_HELD_OUT, held_out_of
 from edgelora.build.alone import Measured
 from edgelora.build.automatic import settle_refinement
 from edgelora.build.choosing import choose, contenders
@@ -186,7 +187,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
-        steps = _open_steps(work, stack, parts.support, opened, seconds, parts.is_crossed)
+        steps = _open_steps(work, stack, parts.support, opened, seconds, parts)
         nearness, measured, shown = measure_parts(work, split, parts, near, folder)
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
@@ -212,10 +213,19 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
 
 
 def _split(work: Work, dataset: Dataset) -> Split:
-    """The parts; few examples are all for support where candidates can be cross-validated."""
+    """The parts; few examples are all for support where candidates can be cross-validated.
+
+    Gradients have more to learn from without an untouched part, as long as half of the examples are
+    fewer than they may learn from, and a quarter is enough to stop them.
+    """
     split = split_examples(dataset.examples, seed=work.options.seed)
     if split.optimistic and is_crossed(work.options):
         return Split(dataset.examples, (), (), optimistic=True)
+    is_scarce = len(split.support) < MAX_EXAMPLES and len(split.selection) >= N_HELD_OUT
+    if is_scarce and work.options.may_need_gradients:
+        learned = {*split.support, *split.untouched}
+        support = tuple(example for example in dataset.examples if example in learned)
+        return Split(support, split.selection, (), optimistic=True)
     return split
 
 
@@ -227,7 +237,7 @@ def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:
     with ExitStack() as stack:
         activations = open_activations(work, operator, texts)
         seconds = work.options.limit_s
-        steps = _open_steps(work, stack, texts, None, seconds, has_completions=False)
+        steps = _open_steps(work, stack, texts, None, seconds)
         if activations is None and steps is None:
             cut_embedding_to_time(work, texts)
         with open_for(work.model, texts, hidden=True) as hidden:
@@ -299,17 +309,16 @@ def _open_steps(
     texts: Sequence[TokenisedExample],
     opened: Opened | None,
     seconds: float,
-    is_crossed: bool = False,
-    *,
-    has_completions: bool = True,
+    parts: Parts | None = None,
 ) -> _Steps | None:
-    """None where the options ask for no gradients."""
+    """None where the options ask for no gradients; without completions there are no parts."""
     if not work.options.needs_gradients:
         return None
     state = stack.enter_context(open_state(work))
     gradients = open_gradients(
-        work, texts, state.folder, has_completions, opened=opened, seconds=seconds,
-        is_crossed=is_crossed,
+        work, texts, state.folder, parts is not None, opened=opened, seconds=seconds,
+        is_crossed=parts is not None and parts.is_crossed,
+        held_out=held_out_of(work, parts) if parts is not None else (),
     )  # fmt: skip
     return _Steps(gradients, state)
 

@@ -193,6 +193,7 @@ def _show_plan(plan: Plan) -> None:
     steps = []
     if g.n_passes:
         folds = f" in {g.n_folds} folds" if g.n_folds else ""
+        folds += f", stopped by {g.n_held_out} other examples" if g.n_held_out else ""
         steps.append(f"at most {g.n_passes} pass(es) on coefficients{folds}")
     if g.n_polish:
         steps.append(f"{g.n_polish} on factors")

@@ -117,11 +117,13 @@ def descend(
     listen: Callable[[Step], None] = lambda step: None,
     prepare: Callable[[int, int], None] = lambda done, total: None,
     checkpoint: Path | None = None,
+    held_out: Sequence[TokenisedExample] = (),
 ) -> Descended:
     """Adam on the coefficients of `adapters` for each tensor, from `start`.
 
     With folds, each fold's descent learns from the other folds and is judged by its own; all go
     on pass by pass until the loss of what they have not seen, taken together, no longer falls.
+    With examples `held_out` there are no folds: one descent learns from all, and these stop it.
     The same inputs give the same coefficients, also when it was interrupted and goes on.
 
     Args:
@@ -130,6 +132,7 @@ def descend(
         prepare: called with the tensors whose components are prepared, and their number.
         checkpoint: where the state is kept; a descent goes on from there. It stays at the end:
             going on returns the result at once, or adds the passes that are allowed now.
+        held_out: examples that share no prompt with the others.
 
     Raises:
         IncompatibleAdapter, UnsupportedFile: see updates.refuse_misfits.
@@ -141,9 +144,9 @@ def descend(
     options = options or DescentOptions()
     refuse_misfits(adapters, decoder.base)
     variables = _variables(adapters, start, options, passes or PassOptions(), prepare)
-    work = _minimisation(decoder, adapters, examples, variables, options, passes)
+    work = _minimisation(decoder, adapters, examples, held_out, variables, options, passes)
     state, is_interrupted = work.run(work.open(checkpoint), listen, checkpoint)
-    found = _found(state, variables, work.schedule.folds)
+    found = _found(state, variables, work.schedule.folds if work.schedule.n_folds else ())
     if is_interrupted:
         raise Interrupted(found)
     return found
@@ -154,11 +157,13 @@ def count_descent_tokens(
     examples: Sequence[TokenisedExample],
     options: DescentOptions | None = None,
     passes: PassOptions | None = None,
+    held_out: Sequence[TokenisedExample] = (),
 ) -> int:
     """Forward-equivalent tokens that `descend` computes at most."""
     options = options or DescentOptions()
-    texts = objective_examples(examples, options.objective)
-    return count_tokens(decoder, texts, _schedule(options, examples), passes or PassOptions())
+    texts = objective_examples([*examples, *held_out], options.objective)
+    schedule = _schedule(options, examples, held_out)
+    return count_tokens(decoder, texts, schedule, passes or PassOptions())
 
 
 def count_folds(examples: Sequence[TokenisedExample], options: DescentOptions) -> int:
@@ -244,11 +249,12 @@ def _minimisation(
     decoder: Decoder,
     adapters: Sequence[LoraFile],
     examples: Sequence[TokenisedExample],
+    held_out: Sequence[TokenisedExample],
     variables: Combination,
     options: DescentOptions,
     passes: PassOptions | None,
 ) -> Minimisation:
-    texts = objective_examples(examples, options.objective)
+    texts = objective_examples([*examples, *held_out], options.objective)
     measure = layers.entropy if options.objective == "entropy" else layers.cross_entropy
     files = [(file.path.name, file.path.stat().st_size) for file in adapters]
     base = (decoder.base.identity.id, decoder.base.path.stat().st_size)
@@ -265,21 +271,27 @@ def _minimisation(
             options.sparsity,
             options.averaging,
         ),
-        schedule=_schedule(options, examples),
+        schedule=_schedule(options, examples, held_out),
         passes=replace(passes or PassOptions(), objective=measure),
-        key=fingerprint("coefficients", base, files, texts, variables.start, course),
+        key=fingerprint("coefficients", base, files, texts, len(held_out), variables.start, course),
     )
 
 
-def _schedule(options: DescentOptions, examples: Sequence[TokenisedExample]) -> Schedule:
+def _schedule(
+    options: DescentOptions,
+    examples: Sequence[TokenisedExample],
+    held_out: Sequence[TokenisedExample],
+) -> Schedule:
+    is_enough = options.enough * vouched_loss(held_out or examples)
     return Schedule(
         n_passes=options.n_passes,
         batch_size=options.batch_size,
-        n_folds=count_folds(examples, options),
+        n_folds=0 if held_out else count_folds(examples, options),
         patience=options.patience,
-        enough=options.enough * vouched_loss(examples) if options.objective == "loss" else 0.0,
+        enough=is_enough if options.objective == "loss" else 0.0,
         seed=options.seed,
-        prompts=tuple(example.prompt for example in examples),
+        prompts=tuple(example.prompt for example in (*examples, *held_out)),
+        n_held_out=len(held_out),
     )
 
 
@@ -294,7 +306,6 @@ def _found(state: Checkpoint, variables: Combination, folds: Sequence[Fold]) -> 
         n_tokens=tally.n_tokens,
         folds=tuple(
             Crossed(variables.by_tensor(best), fold.held_out)
-            for best, fold in zip(state.best, folds, strict=True)
-            if fold.held_out
+            for best, fold in zip(state.best, folds, strict=False)
         ),
     )

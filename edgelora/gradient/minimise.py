@@ -35,6 +35,7 @@ class Schedule:
         prompts: of each example; those of one prompt are held out together.
         batch_size: examples a step; 0 for all.
         n_folds: of the cross-validation that stops the descent; 0 for none.
+        n_held_out: the last examples, so many, stop it instead, and are not learned from.
         patience: passes without a better held-out loss after which it stops.
         enough: the held-out loss, nats a token, at which it stops: see `vouched_loss`.
     """
@@ -46,11 +47,20 @@ class Schedule:
     seed: int
     prompts: tuple[Hashable, ...]
     enough: float = 0.0
+    n_held_out: int = 0
 
     @property
     def folds(self) -> tuple[Fold, ...]:
         """Who sees which examples."""
-        return make_folds(self.prompts, self.n_folds, self.seed)
+        if not self.n_held_out:
+            return make_folds(self.prompts, self.n_folds, self.seed)
+        everything = tuple(range(len(self.prompts)))
+        return (Fold(everything[: -self.n_held_out], everything[-self.n_held_out :]),)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether examples that are not learned from stop it."""
+        return self.n_folds > 0 or self.n_held_out > 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ class Minimisation:
         """
         if path is None or not path.exists():
             tracks = (begin(self.variables.start),) * len(self.schedule.folds)
-            tally = Tally(in_pass=0 if self.schedule.n_folds else 1)
+            tally = Tally(in_pass=0 if self.schedule.is_judged else 1)
             return Checkpoint(self.key, tracks, (self.variables.start,) * len(tracks), tally)
         state = from_bytes(path.read_bytes(), str(path))
         if state.key != self.key:
@@ -150,7 +160,7 @@ class Minimisation:
     def _is_done(self, tally: Tally) -> bool:
         if tally.in_pass > self.schedule.n_passes:
             return True
-        if not self.schedule.n_folds:
+        if not self.schedule.is_judged:
             return False
         waited = tally.in_pass - 1 - tally.best_pass
         is_enough = min(tally.held_out_losses, default=math.inf) <= self.schedule.enough
