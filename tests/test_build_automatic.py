@@ -20,11 +20,11 @@ from edgelora.build import (
     Listener,
     Options,
     Plan,
-    allowance,
     automatic,
     build,
     gradients,
     pace,
+    samples,
 )
 from edgelora.build.earlier import BUILDS
 from edgelora.build.records import DEFAULT_BUDGET
@@ -214,7 +214,7 @@ def test_of_many_examples_enough_are_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Comparing all 400 would take more than half of the budget."""
-    monkeypatch.setattr(allowance, "MAX_EXAMPLES", 16)
+    monkeypatch.setattr(samples, "MAX_EXAMPLES", 16)
     lines = [json.loads(line) for line in world.helped.read_text().splitlines()]
     prompts = [f"{line['prompt']} {n}" for n in range(25) for line in lines]
     completions = [line["completion"] for _ in range(25) for line in lines]

@@ -20,7 +20,7 @@ from edgelora.adapters.merge import MergeReport
 from edgelora.adapters.provenance import read_coefficients
 from edgelora.bank import Facts, open_bank
 from edgelora.bank.records import signature_path
-from edgelora.build import Built, Listener, Options, Plan, allowance, build, gradients, refining
+from edgelora.build import Built, Listener, Options, Plan, build, gradients, refining, samples
 from edgelora.build.crossing import assign_folds, part_of
 from edgelora.build.records import CROSSED, PassLoss
 from edgelora.build.work import OPTIMISTIC, UNTOUCHED
@@ -207,7 +207,7 @@ def test_a_large_bank_is_cut_to_the_steepest(
 def test_many_examples_are_sampled(
     world: World, model: Model, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allowance, "MAX_EXAMPLES", 5)
+    monkeypatch.setattr(samples, "MAX_EXAMPLES", 5)
     ear = Ear()
     run(model, world, world.helped, out, replace(SHORT, force=True), ear)
     assert ear.plans[0].gradient is not None and ear.plans[0].gradient.n_examples == 5

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from edgelora.adapters.gguf_lora import LoraFile
 from edgelora.adapters.provenance import mean_coefficient
-from edgelora.build.allowance import sampled
 from edgelora.build.finish import write_combination
 from edgelora.build.gradients import open_decoder_and_adapters, threads
 from edgelora.build.proposals import ACTIVATED, Nearness
 from edgelora.build.records import count_steps
+from edgelora.build.samples import sampled
 from edgelora.build.trials import NEGLIGIBLE, Recipe, Trial, try_scales
 from edgelora.build.work import Work
 from edgelora.engine.score import TokenisedExample, open_for
@@ -34,7 +34,7 @@ class Activations:
     Attributes:
         operator: which of proposals.ACTIVATED weighs by them.
         adapters: the pool's files.
-        prompts: at most allowance.MAX_EXAMPLES of the support part.
+        prompts: at most samples.MAX_EXAMPLES of the support part.
     """
 
     operator: str

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from edgelora.build.allowance import learned_of
 from edgelora.build.gradients import (
     Opened,
     count_first_pass,
@@ -18,6 +17,7 @@ from edgelora.build.gradients import (
 )
 from edgelora.build.pace import fit_comparisons, measure_speed, seconds_left
 from edgelora.build.records import AUTO
+from edgelora.build.samples import learned_of
 from edgelora.build.work import Parts, Work, count_reserved_tokens
 from edgelora.engine.score import TokenisedExample
 from edgelora.errors import UnsupportedFile

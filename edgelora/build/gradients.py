@@ -14,9 +14,10 @@ import numpy as np
 from edgelora.adapters.base import Base
 from edgelora.adapters.gguf_lora import LoraFile, open_loras
 from edgelora.adapters.lora import LoraPair
-from edgelora.build.allowance import Allowance, count_others, held_out_of, learned_of
+from edgelora.build.allowance import Allowance, count_others
 from edgelora.build.records import GradientPlan, Options
 from edgelora.build.reserving import FEWER_FOLDS, Reserved, Reserving
+from edgelora.build.samples import held_out_of, learned_of
 from edgelora.build.work import SHOWN, Parts, Work
 from edgelora.engine.products import MAX_REPACKED_BYTES
 from edgelora.engine.score import TokenisedExample
@@ -95,6 +96,11 @@ class Opened:
     decoder: Decoder
     adapters: list[LoraFile]
 
+    @property
+    def is_large(self) -> bool:
+        """Whether not all of the adapters take part in a descent."""
+        return len(self.adapters) > MAX_SOURCES
+
 
 def open_gradients(
     work: Work,
@@ -133,8 +139,7 @@ def open_gradients(
     began_s = work.clock.elapsed_s
     speed = _test_speed(work, decoder, texts, files, passes)
     seconds -= work.clock.elapsed_s - began_s
-    is_large = len(files) > MAX_SOURCES
-    reserving = Reserving(decoder, examples, passes, is_large, is_crossed, held_out)
+    reserving = Reserving(decoder, examples, passes, opened.is_large, is_crossed, held_out)
     reserved = reserving.reserve(Allowance(work, examples, seconds, speed), descent, polish)
     descent = reserved.descent
     work.gradient = GradientPlan(
@@ -202,7 +207,7 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     options, examples = work.options, learned_of(work, parts.support)
     descent = DescentOptions(seed=options.seed, n_folds=FEWER_FOLDS)
     polish = _polish_options(options)
-    is_large = len(opened.adapters) > MAX_SOURCES
+    is_large = opened.is_large
     reserving = Reserving(
         opened.decoder, examples, PassOptions(), is_large, parts.is_crossed,
         held_out_of(work, parts),

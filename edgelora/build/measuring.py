@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from edgelora.build.allowance import shown_of
 from edgelora.build.alone import Measured, measure_adapters
 from edgelora.build.pace import estimate_merges, measure_merge
 from edgelora.build.proposals import (
@@ -21,6 +20,7 @@ from edgelora.build.proposals import (
     shortlist,
 )
 from edgelora.build.records import Plan
+from edgelora.build.samples import shown_of
 from edgelora.build.search import count_search_passes
 from edgelora.build.trials import TRIES_A_CANDIDATE
 from edgelora.build.work import UNTOUCHED, Parts, Work

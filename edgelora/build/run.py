@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from edgelora.bank import Bank
 from edgelora.build.activated import make_activated, open_activations, try_activated, weigh
-from edgelora.build.allowance import MAX_EXAMPLES, N_HELD_OUT, held_out_of
 from edgelora.build.alone import Measured
 from edgelora.build.automatic import settle_refinement
 from edgelora.build.choosing import choose, contenders
 from edgelora.build.clock import Clock
-from edgelora.build.crossing import assign_folds, is_crossed
+from edgelora.build.crossing import assign_folds
 from edgelora.build.earlier import build_again, recall, remember
 from edgelora.build.finish import (
     crossed_judgement,
@@ -57,6 +56,7 @@ from edgelora.build.records import (
     Trained,
 )
 from edgelora.build.refining import OBJECTIVE_WORDS, refine
+from edgelora.build.samples import held_out_of, split_for
 from edgelora.build.search import Search
 from edgelora.build.state import State, open_state
 from edgelora.build.trials import (
@@ -74,7 +74,6 @@ from edgelora.build.work import (
     tokenise_parts,
 )
 from edgelora.datasets.records import Dataset
-from edgelora.datasets.split import Split, split_examples
 from edgelora.datasets.template import Template
 from edgelora.engine.model import Model
 from edgelora.engine.prepare import tokenise_examples
@@ -174,7 +173,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     earlier = recall(work, dataset.examples)
     if earlier is not None:
         return build_again(work, earlier)
-    split = _split(work, dataset)
+    split = split_for(work, dataset)
     whole = tokenise_parts(work, split)
     near = narrow_to_time(work, split, whole)
     opened = settle_refinement(work, whole)
@@ -210,23 +209,6 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     )  # fmt: skip
     remember(work, dataset.examples, built, choice.trial, nearness)
     return built
-
-
-def _split(work: Work, dataset: Dataset) -> Split:
-    """The parts; few examples are all for support where candidates can be cross-validated.
-
-    Gradients have more to learn from without an untouched part, as long as half of the examples are
-    fewer than they may learn from, and a quarter is enough to stop them.
-    """
-    split = split_examples(dataset.examples, seed=work.options.seed)
-    if split.optimistic and is_crossed(work.options):
-        return Split(dataset.examples, (), (), optimistic=True)
-    is_scarce = len(split.support) < MAX_EXAMPLES and len(split.selection) >= N_HELD_OUT
-    if is_scarce and work.options.may_need_gradients:
-        learned = {*split.support, *split.untouched}
-        support = tuple(example for example in dataset.examples if example in learned)
-        return Split(support, split.selection, (), optimistic=True)
-    return split
 
 
 def _build_unmeasured(work: Work, dataset: Dataset, folder: Path) -> Built:

@@ -59,7 +59,7 @@ class Work:
         pool: what may take part, of the `whole` that the bank has (see narrowing).
         is_cut: whether time has cut the budget: then few candidates are compared.
         was_interrupted: whether gradient steps ended by Ctrl-C, with the best so far.
-        n_learned: examples that gradients learn from, at most; None: see allowance.MAX_EXAMPLES.
+        n_learned: examples that gradients learn from, at most; None: see samples.MAX_EXAMPLES.
         n_shown: of these, that candidates are tried on beside gradients.
         n_done: tokens computed before the plan: of tests of speed, and embedding.
         tokens_per_s: see pace.measure_speed; NaN before.
