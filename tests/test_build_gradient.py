@@ -251,7 +251,7 @@ def test_many_examples_stop_a_descent_and_the_others_are_learned_from(
     n: int, n_learned: int, n_untouched: int, part: str, world: World, model: Model, out: Path
 ) -> None:
     """The held-out loss is that of the selection part, whose every example is among them at 64."""
-    options, ear = replace(WHOLE, passes=3), Ear()
+    options, ear = replace(WHOLE, passes=2), Ear()
     data, used = many(world, n), model_template(model)
     built = build(model, open_bank(world.bank), data, used, out, options, ear.listener)
     (plan,) = ear.plans
