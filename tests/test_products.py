@@ -76,7 +76,9 @@ def test_repacked_weights_give_the_same(product: Products, kind: Kind, n_out: in
     if not product.repacks(raw, kind, N_IN):
         pytest.skip(f"ggml repacks no {kind.name} of {n_out} rows on this CPU")
     x = rows(40)
-    for part in (raw, raw[:32], raw):  # larger, smaller and equal ones share the memory
+    smaller = [part for part in (raw[:32], raw[:16]) if product.repacks(part, kind, N_IN)]
+    assert smaller
+    for part in (raw, *smaller, raw):  # larger, smaller and equal ones share the memory
         expected = product.times(x, part, kind)
         assert relative(product.times(x, part, kind, repacked=True), expected) < 1e-5
 
@@ -95,7 +97,7 @@ def test_what_ggml_does_not_repack_is_known(
     assert not product.repacks(matrix(Kind.F32), Kind.F32, N_IN)
     assert not product.repacks(matrix(Kind.Q4_0, n_out=13), Kind.Q4_0, N_IN)
     assert not product.repacks(matrix(Kind.Q4_0, n_out=64, n_in=32), Kind.Q4_0, 32)
-    with pytest.raises(ValueError, match="ggml does not repack 48 rows of F32"):
+    with pytest.raises(ValueError, match="no such product with F32"):
         product.times(rows(), matrix(Kind.F32), Kind.F32, repacked=True)
     monkeypatch.setattr(products, "MAX_REPACKED_BYTES", 100)
     assert not product.repacks(matrix(Kind.Q4_0), Kind.Q4_0, N_IN)

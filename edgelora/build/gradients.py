@@ -57,7 +57,7 @@ class Gradients:
     Attributes:
         adapters: the pool's files.
         examples: tokenised, at most MAX_EXAMPLES of the support part.
-        held_out: others, which stop the descent; () where it is cross-validated.
+        held_out: others, which stop the descent; empty where it is cross-validated.
         polish: None without `--polish`.
         reserved: what the budget has set aside, and the descent.
     """
@@ -65,7 +65,7 @@ class Gradients:
     decoder: Decoder
     adapters: list[LoraFile]
     examples: list[TokenisedExample]
-    held_out: list[TokenisedExample]
+    held_out: Sequence[TokenisedExample]
     passes: PassOptions
     polish: PolishOptions | None
     reserved: Reserved
@@ -154,7 +154,7 @@ def open_gradients(
         memory_bytes=memory,
         on_disk=passes.scratch is not None,
     )
-    return Gradients(decoder, files, examples, list(held_out), passes, polish, reserved)
+    return Gradients(decoder, files, examples, held_out, passes, polish, reserved)
 
 
 @contextlib.contextmanager
@@ -207,12 +207,11 @@ def count_first_pass(work: Work, opened: Opened, parts: Parts) -> tuple[int, int
     options, examples = work.options, learned_of(work, parts.support)
     descent = DescentOptions(seed=options.seed, n_folds=FEWER_FOLDS)
     polish = _polish_options(options)
-    is_large = opened.is_large
     reserving = Reserving(
-        opened.decoder, examples, PassOptions(), is_large, parts.is_crossed,
+        opened.decoder, examples, PassOptions(), opened.is_large, parts.is_crossed,
         held_out_of(work, parts),
     )  # fmt: skip
-    n_tokens = reserving.count(descent).of(1, is_ranked=is_large)
+    n_tokens = reserving.count(descent).of(1, is_ranked=opened.is_large)
     n_tokens += reserving.count_polish(polish, descent)
     n_tokens += GRADIENT_COST * opened.decoder.count_rows(timed_step(examples), PassOptions())
     return n_tokens, count_others(work, examples, SHOWN[0 if parts.is_crossed else -1])

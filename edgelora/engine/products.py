@@ -113,8 +113,10 @@ class Products:
         ggml = _ggml_base()
         room = self._room_for(raw, kind, x.shape[1]) if repacked else None
         if repacked and not room:
-            raise ValueError(f"ggml does not repack {len(raw)} rows of {kind.name}")
+            raise ValueError(f"ggml has no such product with {kind.name}, repacked")
         with self._product(x, raw, kind, y, room) as made:
+            if not ggml.ggml_backend_supports_op(self._backend, made.node):
+                raise ValueError(f"ggml has no such product with {kind.name}")
             if room:
                 with native.interrupts_held():  # it logs
                     ggml.ggml_backend_tensor_set(made.weights, raw.ctypes.data, 0, raw.nbytes)

@@ -17,7 +17,6 @@ from edgelora.gradient.adam import Adam
 from edgelora.gradient.checkpoint import Checkpoint, fingerprint
 from edgelora.gradient.components import Components
 from edgelora.gradient.decoder import Decoder, PassOptions
-from edgelora.gradient.folds import Fold
 from edgelora.gradient.minimise import (
     Interrupted,
     Minimisation,
@@ -146,7 +145,7 @@ def descend(
     variables = _variables(adapters, start, options, passes or PassOptions(), prepare)
     work = _minimisation(decoder, adapters, examples, held_out, variables, options, passes)
     state, is_interrupted = work.run(work.open(checkpoint), listen, checkpoint)
-    found = _found(state, variables, work.schedule.folds if work.schedule.n_folds else ())
+    found = _found(state, variables, work.schedule)
     if is_interrupted:
         raise Interrupted(found)
     return found
@@ -282,21 +281,21 @@ def _schedule(
     examples: Sequence[TokenisedExample],
     held_out: Sequence[TokenisedExample],
 ) -> Schedule:
-    is_enough = options.enough * vouched_loss(held_out or examples)
+    enough = options.enough * vouched_loss(held_out or examples)
     return Schedule(
         n_passes=options.n_passes,
         batch_size=options.batch_size,
         n_folds=0 if held_out else count_folds(examples, options),
         patience=options.patience,
-        enough=is_enough if options.objective == "loss" else 0.0,
+        enough=enough if options.objective == "loss" else 0.0,
         seed=options.seed,
         prompts=tuple(example.prompt for example in (*examples, *held_out)),
         n_held_out=len(held_out),
     )
 
 
-def _found(state: Checkpoint, variables: Combination, folds: Sequence[Fold]) -> Descended:
-    tally = state.tally
+def _found(state: Checkpoint, variables: Combination, schedule: Schedule) -> Descended:
+    tally, folds = state.tally, schedule.folds
     mean = np.mean(state.best, axis=0) if len(state.best) > 1 else state.best[0]
     return Descended(
         coefficients=variables.by_tensor(mean),
@@ -306,6 +305,7 @@ def _found(state: Checkpoint, variables: Combination, folds: Sequence[Fold]) -> 
         n_tokens=tally.n_tokens,
         folds=tuple(
             Crossed(variables.by_tensor(best), fold.held_out)
-            for best, fold in zip(state.best, folds, strict=False)
+            for best, fold in zip(state.best, folds, strict=True)
+            if schedule.n_folds
         ),
     )

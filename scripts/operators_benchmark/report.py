@@ -70,8 +70,10 @@ def _arms_of(table: Table) -> str:
     if chosen is not None:
         _, share = chosen
         lines.append(["*ours, chosen on other sources*", *_share_cells(share), *[""] * 5])
-    n_seeds = len({row["seed"] for by in table.arms["base"].values() for row in by})
-    title = (f"**{table.bed}**, leave one source out, {table.labels} labels, {len(table.tasks)} "
+    rows = [row for of in table.arms.values() for by in of.values() for row in by]
+    measured = [row for row in rows if row["labels"] == table.labels]
+    n_tasks, n_seeds = (len({row[key] for row in measured}) for key in ("task", "seed"))
+    title = (f"**{table.bed}**, leave one source out, {table.labels} labels, {n_tasks} "
              f"tasks, {n_seeds} seed(s).")  # fmt: skip
     return f"{title}\n\n{markdown_table(head, lines, 1)}"
 
@@ -174,8 +176,10 @@ def _splits(found: Sequence[Table]) -> str:
 
 
 def _labels(found: Sequence[Table]) -> str:
-    """How much depends on the number of labels."""
-    return _crossed(found, "labels", lambda t: str(t.labels) if t.split == HEADLINE[0] else None)
+    """How much depends on the number of labels, then every arm at each but the headline's."""
+    crossed = _crossed(found, "labels", lambda t: str(t.labels) if t.split == HEADLINE[0] else None)
+    others = [t for t in found if t.split == HEADLINE[0] and t.labels != HEADLINE[1]]
+    return "\n\n".join([crossed, *map(_arms_of, others)])
 
 
 def _crossed(found: Sequence[Table], what: str, column_of: Callable[[Table], str | None]) -> str:
