@@ -28,6 +28,7 @@ from edgelora.build import (
 )
 from edgelora.build.earlier import BUILDS
 from edgelora.build.records import DEFAULT_BUDGET
+from edgelora.build.work import OPTIMISTIC, UNTOUCHED
 from edgelora.datasets.read import read_dataset
 from edgelora.engine.model import Model, open_model
 from edgelora.engine.prepare import model_template
@@ -107,7 +108,7 @@ def test_gradients_learn_from_fewer_examples_where_all_take_too_long(
     data = replace(data, examples=data.examples[:n_lines])
     used = model_template(model)
     built = build(model, open_bank(world.bank), data, used, out, options, Listener(plans.append))
-    (plan,), n_examples = plans, min(n_lines, 20 if n_lines < 24 else 16)
+    (plan,), n_examples = plans, n_lines if n_lines < 24 else n_lines * 3 // 4
     assert built.refined is not None and built.refined.n_examples == n_kept
     assert plan.gradient is not None and plan.gradient.n_examples == n_kept
     told = f"gradients learn from {n_kept} of {n_examples} examples"
@@ -148,7 +149,7 @@ def test_an_objective_is_one_of_gradients(
     assert built.refined is not None and built.refined.objective == "prompts"
 
 
-@pytest.mark.parametrize(("tokens_per_s", "n_passes"), [(10.0**6, 9), (25.0, 5), (0.1, 1)])
+@pytest.mark.parametrize(("tokens_per_s", "n_passes"), [(10.0**6, 9), (25.0, 4), (0.1, 1)])
 def test_time_allows_fewer_passes_and_one_at_least(
     tokens_per_s: float, n_passes: int, world: World, model: Model, out: Path, plans: list[Plan],
     monkeypatch: pytest.MonkeyPatch,
@@ -157,7 +158,7 @@ def test_time_allows_fewer_passes_and_one_at_least(
     options = Options(refine="gradient", limit_s=600.0, passes=9, force=True)
     built = run(model, open_bank(world.bank), world.helped, out, options, plans)
     assert plans[0].gradient is not None and plans[0].gradient.n_passes == n_passes
-    assert plans[0].n_shown == (8 if n_passes == 1 else 16)  # of 16; trying takes its share too
+    assert plans[0].n_shown == (8 if n_passes == 1 else 24)  # of 24; trying takes its share too
     told = [m for m in built.warnings if f"the time allows {n_passes} gradient pass(es) of 9" in m]
     assert len(told) == (n_passes < 9)
 
@@ -206,6 +207,18 @@ def test_linear_with_gradients_asked_for_is_refused(world: World, model: Model, 
     options = replace(AUTO, combine="linear", polish=1)
     with pytest.raises(EdgeLoRAError, match="linear averages factors"):
         run(model, open_bank(world.bank), world.helped, out, options, [])
+
+
+def test_without_gradients_after_all_a_part_stays_untouched(
+    world: World, model: Model, out: Path, plans: list[Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = open_bank(world.bank)
+    first = run(model, bank, world.helped, out, AUTO, plans)
+    monkeypatch.setattr(automatic, "_find_shortage", lambda *arguments: "too slow")
+    second = run(model, bank, world.helped, out, AUTO, plans)
+    parts = [b.judgement and (b.judgement.part, b.judgement.n_examples) for b in (first, second)]
+    assert parts == [(OPTIMISTIC, 8), (UNTOUCHED, 8)]
+    assert [(p.n_support, p.n_selection) for p in plans] == [(24, 8), (16, 8)]
 
 
 @pytest.mark.parametrize("refine", ["auto", "forward"])

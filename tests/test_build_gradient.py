@@ -99,7 +99,7 @@ def test_coefficients_for_each_tensor_beat_the_start_and_are_told(
     assert refined is not None and refined.start.startswith("uniform mean x ")
     assert set(refined.slopes) == {f"adapter{i}" for i in range(builds.N_ADAPTERS)}
     assert refined.n_passes == int(np.argmin(refined.held_out_losses)) > 0
-    assert refined.n_examples == 16 and refined.n_sources == builds.N_ADAPTERS
+    assert refined.n_examples == 24 and refined.n_sources == builds.N_ADAPTERS
     assert [p.n_done for p in ear.passes] == list(range(len(refined.held_out_losses)))
     assert [p.held_out for p in ear.passes] == pytest.approx(refined.held_out_losses)
     assert np.isnan(ear.passes[0].support) and all(p.support > 0 for p in ear.passes[1:])
@@ -153,7 +153,7 @@ def test_auto_compares_it_with_what_needs_no_losses_of_single_adapters(
     (plan,) = ear.plans
     assert plan.n_measured == 0 and plan.gradient is not None
     g = plan.gradient
-    assert (g.n_examples, g.n_passes, g.n_folds, g.n_polish) == (16, 2, 4, 0)
+    assert (g.n_examples, g.n_passes, g.n_held_out, g.n_folds, g.n_polish) == (24, 2, 8, 0, 0)
     assert 0 < g.n_tokens < plan.n_tokens and g.tokens_per_s > 0 and plan.seconds > 0
     assert g.memory_bytes > 10**6 and not g.on_disk
     last = {stage: (done, total) for stage, done, total in ear.steps}
@@ -245,12 +245,12 @@ def many(world: World, n: int) -> Dataset:
 
 @pytest.mark.parametrize(
     ("n", "n_learned", "n_untouched", "part"),
-    [(63, 33, 15, UNTOUCHED), (64, 48, 0, OPTIMISTIC), (128, 64, 32, UNTOUCHED)],
+    [(24, 18, 0, OPTIMISTIC), (64, 48, 0, OPTIMISTIC), (128, 64, 32, UNTOUCHED)],
 )
 def test_many_examples_stop_a_descent_and_the_others_are_learned_from(
     n: int, n_learned: int, n_untouched: int, part: str, world: World, model: Model, out: Path
 ) -> None:
-    """The held-out loss is that of the selection part, whose every example is among them at 64."""
+    """The held-out loss is that of the selection part, all of which is held out below 128."""
     options, ear = replace(WHOLE, passes=2), Ear()
     data, used = many(world, n), model_template(model)
     built = build(model, open_bank(world.bank), data, used, out, options, ear.listener)
@@ -258,10 +258,10 @@ def test_many_examples_stop_a_descent_and_the_others_are_learned_from(
     assert plan.gradient is not None and built.refined is not None
     assert (plan.n_support, plan.n_untouched) == (n - n // 4 - n_untouched, n_untouched)
     g = plan.gradient
-    assert (g.n_examples, g.n_held_out, g.n_folds) == (n_learned, *((0, 4) if n < 64 else (16, 0)))
+    assert (g.n_examples, g.n_held_out, g.n_folds) == (n_learned, min(n // 4, 16), 0)
     assert built.judgement is not None and built.judgement.part == part
-    if n == 64:
-        assert built.chosen == "gradient" and built.judgement.n_examples == 16
+    if n < 128:
+        assert built.chosen == "gradient" and built.judgement.n_examples == n // 4
         loss = built.refined.held_out_losses[built.refined.n_passes]
         assert built.judgement.adapter_loss == pytest.approx(loss, rel=2e-3)
 
@@ -392,9 +392,7 @@ def test_an_interrupt_keeps_the_state_and_the_same_build_ends_with_the_same_byte
     keeps: bool, world: World, model: Model, out: Path, tmp_path: Path
 ) -> None:
     options = replace(SHORT, passes=4, force=True)
-    default = DescentOptions()
-    n_seen = 16 - 16 // default.n_folds
-    n_units = default.n_folds * (math.ceil(n_seen / default.batch_size) + 1)
+    n_units = 1 + 24 // DescentOptions().batch_size  # a look at what is held out, and the steps
     whole = tmp_path / "whole.gguf"
     run(model, world, world.helped, whole.with_name(out.name), options)
     ear = Ear(ON_COEFFICIENTS, n_units + 2, keeps=keeps)
@@ -451,7 +449,7 @@ def test_polishing_trains_the_best_candidate(world: World, model: Model, out: Pa
     account = told(out)
     assert built.chosen == "nearest, polished"
     exact = pytest.approx(0.0, abs=1e-6)  # one adapter, at its own rank
-    trained = {"from": "nearest", "examples": 16, "passes": 6, "error before": exact}
+    trained = {"from": "nearest", "examples": 24, "passes": 6, "error before": exact}
     assert account["trained"] == trained and "error" not in account
     assert all(set(tensor) == {"rank"} for tensor in account["tensors"].values())
     assert account["operator"] == "nearest, polished" and len(account["sources"]) == 1
@@ -474,7 +472,7 @@ def test_few_shot_lora_from_scratch(world: World, model: Model, out: Path) -> No
 
 def test_an_interrupted_polish_goes_on(world: World, model: Model, out: Path) -> None:
     options = replace(SCRATCH, force=True)
-    n_steps = math.ceil(16 / PolishOptions().batch_size)
+    n_steps = 24 // PolishOptions().batch_size
     run(model, world, world.helped, out, options)
     before = out.read_bytes()
     with pytest.raises(KeyboardInterrupt):

@@ -278,13 +278,23 @@ def test_ctrl_c_leaves_nothing_half_written(world: World, tmp_path: Path) -> Non
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_gradients_are_planned_followed_and_shown(world: World, tmp_path: Path) -> None:
-    out = tmp_path / "a.gguf"
-    result = run(*words(world, world.helped, out, "--refine", "gradient", "--passes", 2))
+@pytest.mark.parametrize(
+    ("n_lines", "n_learned", "how"),
+    [
+        (32, 24, ", stopped by 8 other examples, 24 examples ("),
+        (12, 12, " in 4 folds, 12 examples ("),
+    ],
+)
+def test_gradients_are_planned_followed_and_shown(
+    n_lines: int, n_learned: int, how: str, world: World, tmp_path: Path
+) -> None:
+    out, data = tmp_path / "a.gguf", tmp_path / "data.jsonl"
+    data.write_text("\n".join(world.helped.read_text().splitlines()[:n_lines]))
+    result = run(*words(world, data, out, "--refine", "gradient", "--passes", 2))
     assert result.exit_code == 0, result.output
     said = result.stderr
-    assert "0 of 4 adapters measured on 16 examples" in said
-    assert "gradients: at most 2 pass(es) on coefficients in 4 folds, 16 examples (" in said
+    assert f"0 of 4 adapters measured on {n_learned} examples" in said
+    assert f"gradients: at most 2 pass(es) on coefficients{how}" in said
     assert "of the tokens (a gradient pass counts three)" in said and "memory about" in said
     assert "at most 120,000 (--budget)" in said
     assert "coefficients, start: held out" in said
@@ -305,7 +315,7 @@ def test_json_tells_of_gradients(world: World, tmp_path: Path) -> None:
     assert len(told["refined"]["support_losses"]) == 1
     assert len(told["refined"]["held_out_losses"]) == 2
     assert set(told["refined"]["slopes"]) == {f"adapter{i}" for i in range(builds.N_ADAPTERS)}
-    assert told["trained"]["n_passes"] == 1 and told["trained"]["n_examples"] == 16
+    assert told["trained"]["n_passes"] == 1 and told["trained"]["n_examples"] == 24
     assert told["trained"]["start"] in told["support_losses"]
     assert {"gradient", f"{told['trained']['start']}, polished"} <= set(told["selection_losses"])
 

@@ -33,7 +33,7 @@ from edgelora.operators.arbiter import Candidate, Row, Verdict
 from edgelora.signature import from_bytes
 
 BUILDS = Shelf("builds", ".json", 32 << 20)
-_FORMAT = 5  # also where the same build would find something else
+_FORMAT = 6  # also where the same build would find something else
 # Its weights are in a file of the bank that the key does not cover.
 _NOT_KEPT = "neural"
 _MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError, InvalidFile)

@@ -35,7 +35,6 @@ from edgelora.build.measuring import (
     measure_parts,
     plan_unmeasured,
 )
-from edgelora.build.narrowing import narrow_to_time
 from edgelora.build.pace import (
     cut_embedding_to_time,
     cut_to_time,
@@ -56,8 +55,9 @@ from edgelora.build.records import (
     Trained,
 )
 from edgelora.build.refining import OBJECTIVE_WORDS, refine
-from edgelora.build.samples import held_out_of, split_for
+from edgelora.build.samples import held_out_of
 from edgelora.build.search import Search
+from edgelora.build.settling import settle
 from edgelora.build.state import State, open_state
 from edgelora.build.trials import (
     Budget,
@@ -71,7 +71,6 @@ from edgelora.build.work import (
     Work,
     count_compared_tokens,
     reserve_comparisons,
-    tokenise_parts,
 )
 from edgelora.datasets.records import Dataset
 from edgelora.datasets.template import Template
@@ -173,21 +172,20 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
     earlier = recall(work, dataset.examples)
     if earlier is not None:
         return build_again(work, earlier)
-    split = split_for(work, dataset)
-    whole = tokenise_parts(work, split)
-    near = narrow_to_time(work, split, whole)
-    opened = settle_refinement(work, whole)
-    parts, seconds = fit_comparisons(work, whole), math.inf
+    settled = settle(work, dataset)
+    parts, seconds = fit_comparisons(work, settled.parts), math.inf
     if work.options.needs_gradients and math.isfinite(work.options.limit_s):
         seconds = seconds_left(work, parts)
     elif work.options.operator not in ACTIVATED:
         parts = cut_to_time(work, parts)
-    tell_what_left(work, whole, parts)
+    tell_what_left(work, settled.parts, parts)
     reserve_comparisons(work, parts)
     with ExitStack() as stack:
         activations = open_activations(work, work.options.operator, parts.support)
-        steps = _open_steps(work, stack, parts.support, opened, seconds, parts)
-        nearness, measured, shown = measure_parts(work, split, parts, near, folder)
+        steps = _open_steps(work, stack, parts.support, settled.opened, seconds, parts)
+        nearness, measured, shown = measure_parts(
+            work, settled.split, parts, settled.nearness, folder
+        )
         trials = stack.enter_context(_trials(work.model))
         _search(work, parts, nearness, measured, shown, folder, trials)
         if activations is not None:

@@ -13,21 +13,22 @@ from edgelora.engine.score import TokenisedExample
 
 # More examples than this cost more than they tell; a sample is drawn by the seed.
 MAX_EXAMPLES = 64
-# Examples of the selection part that stop a descent. So many tell well enough when, and in the
-# place of folds they leave all of the support part to learn from, at less than half of the tokens.
-N_HELD_OUT = 16
+# Examples of the selection part that stop a descent, at most and at least. They tell well enough
+# when, and in the place of folds they leave all of the support part to learn from, at less than
+# half of the tokens.
+N_HELD_OUT, LEAST_HELD_OUT = 16, 6
 
 
 def split_for(work: Work, dataset: Dataset) -> Split:
     """The parts; few examples are all for support where candidates can be cross-validated.
 
     Gradients have more to learn from without an untouched part, as long as half of the examples are
-    fewer than they may learn from, and a quarter is enough to stop them.
+    fewer than they may learn from.
     """
     split = split_examples(dataset.examples, seed=work.options.seed)
     if split.optimistic and is_crossed(work.options):
         return Split(dataset.examples, (), (), optimistic=True)
-    is_scarce = len(split.support) < MAX_EXAMPLES and len(split.selection) >= N_HELD_OUT
+    is_scarce = len(split.support) < MAX_EXAMPLES and len(split.selection) >= LEAST_HELD_OUT
     if is_scarce and work.options.may_need_gradients:
         learned = {*split.support, *split.untouched}
         support = tuple(example for example in dataset.examples if example in learned)
@@ -53,7 +54,7 @@ def learned_of(work: Work, examples: Sequence[TokenisedExample]) -> list[Tokenis
 
 def held_out_of(work: Work, parts: Parts) -> list[TokenisedExample]:
     """The examples that stop a descent; none where the selection part has not enough of them."""
-    if len(parts.selection) < N_HELD_OUT:
+    if len(parts.selection) < LEAST_HELD_OUT:
         return []
     return sampled(parts.selection, work.options.seed, most=N_HELD_OUT)
 

@@ -125,7 +125,8 @@ def tokenise_parts(work: Work, split: Split) -> Parts:
         for part in (split.support, split.selection, split.untouched)
     )
     for message in work.template.warnings:
-        work.warn(message)
+        if message not in work.warnings:
+            work.warn(message)
     if not split.selection:
         return Parts(support, [], support, CROSSED)
     if split.optimistic:
