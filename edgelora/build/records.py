@@ -210,7 +210,7 @@ class Judgement:
     Attributes:
         part: "untouched"; with fewer than 24 examples "cross-validated" (the chosen candidate, each
             example under coefficients that were found without its fold), or, where a search that
-            sees all examples took part, "selection part, optimistic": so too with 64 to 127
+            sees all examples took part, "selection part, optimistic": so too with 24 to 127
             examples and gradients, which leave none untouched.
         interval: 95 % paired bootstrap of adapter - base, (low, mid, high).
     """
