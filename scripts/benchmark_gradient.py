@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import edgelora  # noqa: F401  sets what OpenBLAS reads when numpy is imported
+
+# isort: split
 import numpy as np
 import psutil
 from make_shape import SHAPES, write_base, write_planned_lora
