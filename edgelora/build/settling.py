@@ -40,7 +40,7 @@ def settle(work: Work, dataset: Dataset) -> Settled:
     parts = tokenise_parts(work, split)
     nearness = narrow_to_time(work, split, parts)
     opened = settle_refinement(work, parts)
-    settled = split_for(work, dataset)
-    if nearness is None and settled != split:
-        split, parts = settled, tokenise_parts(work, settled)
+    again = split_for(work, dataset)
+    if nearness is None and again != split:
+        split, parts = again, tokenise_parts(work, again)
     return Settled(split, parts, nearness, opened)
