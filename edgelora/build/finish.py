@@ -150,14 +150,21 @@ def publish_unjudged(
     return merge
 
 
-def judge(work: Work, context: Context, finished: Path, parts: Parts) -> Judgement:
+def judge(
+    work: Work, context: Context, finished: Path, parts: Parts, compared: list[Score]
+) -> Judgement:
     """The finished file, loaded, against the base.
+
+    Args:
+        compared: the base's scores in the choice, which count where it was made on these examples.
 
     Raises:
         NoImprovement: the base is better there and force is off.
     """
-    context.apply([])
-    base = score(context, parts.judged)
+    base = compared
+    if not parts.is_optimistic:
+        context.apply([])
+        base = score(context, parts.judged)
     with applied(context, finished):
         adapter = score(context, parts.judged)
     judgement = Judgement(

@@ -196,7 +196,7 @@ def _build_measured(work: Work, dataset: Dataset, folder: Path) -> Built:
         with publish(work.out, force=work.options.force) as temporary:
             merge = write_trial(work, choice.trial, nearness, temporary)
             with open_for(work.model, parts.all) as context:
-                judgement = judge(work, context, temporary, parts)
+                judgement = judge(work, context, temporary, parts, choice.base)
             keep_signature(work, nearness)
     if parts.is_crossed:
         judgement = crossed_judgement(choice.scores, choice.base, work.options.seed)

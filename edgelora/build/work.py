@@ -49,6 +49,11 @@ class Parts:
         """Whether candidates are cross-validated."""
         return self.part == CROSSED
 
+    @property
+    def is_optimistic(self) -> bool:
+        """Whether what is judged is the selection part."""
+        return self.part == OPTIMISTIC
+
 
 @dataclass
 class Work:
@@ -146,7 +151,8 @@ def reserve_comparisons(work: Work, parts: Parts) -> None:
 
 def count_reserved_tokens(work: Work, parts: Parts) -> int:
     """Tokens that all comparisons with the base take."""
-    n_tokens = 2 * count_tokens(parts.judged) + count_compared(work) * count_compared_tokens(parts)
+    n_tokens = (2 - parts.is_optimistic) * count_tokens(parts.judged)
+    n_tokens += count_compared(work) * count_compared_tokens(parts)
     return n_tokens + count_tokens(parts.selection or parts.support)
 
 
