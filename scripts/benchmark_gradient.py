@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import edgelora  # noqa: F401  sets what OpenBLAS reads when numpy is imported
+# Before numpy: the package sets what OpenBLAS reads when numpy is imported.
+from edgelora.adapters.base import Base, read_base
 
 # isort: split
 import numpy as np
@@ -37,7 +38,6 @@ import psutil
 from make_shape import SHAPES, write_base, write_planned_lora
 from measure_memory import watch
 
-from edgelora.adapters.base import Base, read_base
 from edgelora.adapters.gguf_lora import PairPlan, check, open_lora
 from edgelora.bases import resolve
 from edgelora.engine.products import Products

@@ -14,8 +14,8 @@ from edgelora.engine.score import TokenisedExample
 # More examples than this cost more than they tell; a sample is drawn by the seed.
 MAX_EXAMPLES = 64
 # Examples of the selection part that stop a descent, at most and at least. They tell well enough
-# when, and in the place of folds they leave all of the support part to learn from, at less than
-# half of the tokens.
+# when, and in the place of folds they leave all of the support part to learn from, at about half
+# of the tokens.
 N_HELD_OUT, LEAST_HELD_OUT = 16, 6
 
 
